@@ -1,0 +1,174 @@
+"""Train the optimised scorer and the held-out judge. Run: `python training/train_judges.py` after train_diffusion.py.
+
+The two differ in seed, width and pictures. Each learns: attributes (cross-entropy where the picture shows them),
+identity (a person and one edit of that person attract each other, InfoNCE), realism (avatars and their VAE
+reconstructions against the model's own pictures of every quality, and damaged latents). Temperatures are fitted on the
+last 500 people of the pool, which training does not see.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rwopt.apply import Attachment
+from rwopt.models import Model, load_model
+from rwopt.models.judge import Judge
+from rwopt.sampling import add_noise, condition, sample, timesteps
+
+from common import CACHE, fit, load_pool, publish, to_float, visible
+from world import NAMES, caption
+
+JUDGES = {"scorer": {"width": 24, "seed": 1}, "judge": {"width": 32, "seed": 2}}
+
+
+@torch.no_grad()
+def make_fakes(model: Model, pool: str, count: int, seed: int) -> np.ndarray:
+    """uint8 [count, 64, 64, 3]: few and many steps, weak and strong guidance, edits from pictures, damaged latents."""
+    path = CACHE / f"fakes_{pool}.npy"
+    if path.exists():
+        return np.load(path)
+    pictures, values = load_pool(pool)
+    rng, generator, out = np.random.default_rng(seed), torch.Generator().manual_seed(seed), []
+    attachment = Attachment(model.unet, ())
+    while len(out) * 64 < count:
+        rows = rng.integers(len(pictures), size=64)
+        people = [{n: NAMES[n][v] for n, v in zip(NAMES, values[r, 0], strict=True)} for r in rows]
+        noise = torch.randn(64, *model.latent_shape, generator=generator)
+        z = model.latents(to_float(pictures[rows, 1]))
+        kind = len(out) % 4
+        if kind == 3:  # damaged latents of real pictures
+            level = torch.from_numpy(rng.uniform(0.1, 0.6, size=(64, 1, 1, 1))).float()
+            z = z + level * noise * (torch.rand(64, 1, *z.shape[2:], generator=generator) < 0.5)
+        else:
+            strength = 1.0 if kind < 2 else float(rng.uniform(0.3, 0.9))
+            ts = timesteps(model, int(rng.choice([2, 3, 4, 6, 8, 12])), strength)
+            guidance = torch.from_numpy(rng.uniform(1, 9, size=64)).float()
+            x = noise if kind < 2 else add_noise(model, z, noise, ts[0])
+            z = sample(model, attachment, x, condition(model, [caption(p) for p in people], guidance), ts)
+        out.append((model.decode(z) * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    attachment.remove()
+    fakes = np.concatenate(out)[:count]
+    np.save(path, fakes)
+    return fakes
+
+
+@torch.no_grad()
+def reconstruct(model: Model, pool: str) -> np.ndarray:
+    """The VAE's reconstruction of each picture of the pool, uint8 [N, 2, 64, 64, 3]."""
+    path = CACHE / f"reconstructed_{pool}.npy"
+    if path.exists():
+        return np.load(path)
+    pictures = load_pool(pool)[0]
+    flat = pictures.reshape(-1, 64, 64, 3)
+    parts = [model.decode(model.latents(to_float(flat[i : i + 128]))) for i in range(0, len(flat), 128)]
+    out = (torch.cat(parts) * 255).round().byte().permute(0, 2, 3, 1).numpy().reshape(pictures.shape)
+    np.save(path, out)
+    return out
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Small shifts, brightness and noise: a judge must not live on single pixels."""
+    n = len(images)
+    shift = torch.randint(0, 5, (2,), generator=generator).tolist()
+    images = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, shift[0] : shift[0] + 64, shift[1] : shift[1] + 64]
+    gain = 1 + 0.08 * torch.randn(n, 1, 1, 1, generator=generator)
+    level = 0.04 * torch.rand(n, 1, 1, 1, generator=generator)
+    return (images * gain + level * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+class TrainJudge(L.LightningModule):
+    def __init__(self, width: int, steps: int) -> None:
+        super().__init__()
+        self.judge, self.steps = Judge({k: list(v) for k, v in NAMES.items()}, width), steps
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        images, labels, fakes = batch  # [2M, 3, 64, 64] (M people, then their edits), [2M, 10], [M, 3, 64, 64]
+        with torch.autocast("cpu", torch.bfloat16):
+            said = self.judge(torch.cat([images, fakes]).to(memory_format=torch.channels_last))
+        n = len(images)
+        attributes = torch.stack([
+            F.cross_entropy(logits[:n].float(), labels[:, i], ignore_index=-1)
+            for i, logits in enumerate(said.logits.values())
+        ]).mean()  # fmt: skip
+        first, second = said.embedding[:n].float().chunk(2)
+        similarity = first @ second.T / 0.1
+        target = torch.arange(len(first))
+        identity = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        real = torch.cat([torch.ones(n), torch.zeros(len(fakes))])
+        realism = F.binary_cross_entropy_with_logits(
+            said.realism.float(), real, weight=torch.where(real == 1, 0.5, 1.0)
+        )
+        self.log_dict({"attributes": attributes, "identity": identity, "realism": realism}, prog_bar=True)
+        return attributes + 0.3 * identity + 0.3 * realism
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.02)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=self.steps, pct_start=0.1)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+@torch.no_grad()
+def fit_temperatures(judge: Judge, images: Tensor, labels: np.ndarray) -> None:
+    """Guo et al. (2017): one temperature a head, the best of a grid by likelihood."""
+    said = judge(images)
+    for i, (_, logits) in enumerate(said.logits.items()):
+        target = torch.from_numpy(labels[:, i])
+        grid = torch.logspace(-0.5, 0.7, 49)
+        losses = torch.stack([F.cross_entropy(logits / t, target, ignore_index=-1) for t in grid])
+        judge.temperature[i] = grid[losses.argmin()]
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, images: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Share of right answers for each attribute, over the pictures that show it."""
+    out = {}
+    for i, (name, logits) in enumerate(judge(images).logits.items()):
+        seen = labels[:, i] >= 0
+        out[name] = float((logits.argmax(-1).numpy()[seen] == labels[seen, i]).mean())
+    return out
+
+
+def train(name: str, steps: int, model: Model) -> None:
+    settings = JUDGES[name]
+    pictures, values = load_pool(name)
+    recon, fakes = reconstruct(model, name), make_fakes(model, name, 4096, settings["seed"])
+    labels, train_count, m = visible(values), len(pictures) - 500, 48
+
+    def batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rng.integers(train_count, size=m)
+        source = recon if rng.random() < 0.5 else pictures
+        images = np.concatenate([source[rows, 0], source[rows, 1]])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        target = torch.from_numpy(np.concatenate([labels[rows, 0], labels[rows, 1]]))
+        fake = fakes[rng.integers(len(fakes) - 256, size=m)]
+        return augment(to_float(images), generator), target, augment(to_float(fake), generator)
+
+    module = TrainJudge(settings["width"], steps)
+    fit(module, batch, name, steps, settings["seed"], ema=0.995)
+    judge = module.judge.eval()
+    fit_temperatures(judge, to_float(recon[train_count:, 0]), labels[train_count:, 0])
+    publish(lambda folder: judge.save(folder), name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--only", choices=list(JUDGES))
+    args = parser.parse_args()
+    model = load_model("avatars", dtype="float32")
+    unseen, values = load_pool("unseen")
+    for name in [args.only] if args.only else JUDGES:
+        train(name, args.steps, model)
+        scores = accuracy(Judge.load(name), to_float(unseen[:, 0]), visible(values)[:, 0])
+        print(name, f"mean {np.mean(list(scores.values())):.3f}", {k: round(v, 3) for k, v in scores.items()})
+
+
+if __name__ == "__main__":
+    main()
