@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from rwopt.models import Model, load_model
+
 
 def make_tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
     """A seeded fp32 U-Net in eval mode with 7 transformer sites (2 down, 1 mid, 4 up) and small channels."""
@@ -32,3 +34,9 @@ def make_tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
 def tiny_unet() -> UNet2DConditionModel:
     """A fresh one for each test (10 ms): tests hang hooks on it."""
     return make_tiny_unet()
+
+
+@pytest.fixture(scope="session")
+def avatars() -> Model:
+    """The embedded model in float32, loaded once: tests leave no hooks on it and judge nothing by its pictures."""
+    return load_model("avatars", device="cpu", dtype="float32")

@@ -1,0 +1,104 @@
+"""The judges of the embedded model: one small network with attribute heads, an identity embedding and a realism score.
+
+Two are shipped: `scorer` (what a search optimises) and `judge` (held out: other seed, width and training pictures).
+Made by `training/train_judges.py`; weights are safetensors beside a `config.json` that names the attributes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwopt.errors import UserError
+from rwopt.models import EMBEDDED
+
+
+@dataclass
+class Verdict:
+    """What a judge says of N pictures.
+
+    logits: {attribute: [N, number of values]}, calibrated (temperature-scaled); embedding: unit vectors [N, E];
+    realism: logit [N], 0 is undecided; features: [N, F], the layer before the heads.
+    """
+
+    logits: dict[str, Tensor]
+    embedding: Tensor
+    realism: Tensor
+    features: Tensor
+
+    def probability(self, attribute: str, value: Tensor) -> Tensor:
+        """Probability [N] that `attribute` has the value of index `value` [N]."""
+        return self.logits[attribute].softmax(-1).gather(1, value[:, None])[:, 0]
+
+
+class Judge(nn.Module):
+    """Strided residual CNN for 64 x 64 pictures in [0, 1]; `attributes` maps a name to its values."""
+
+    def __init__(self, attributes: dict[str, list[str]], width: int = 24, embedding: int = 64) -> None:
+        super().__init__()
+        self.attributes, self.width = {k: list(v) for k, v in attributes.items()}, width
+        channels = (width, 2 * width, 3 * width, 4 * width)
+        self.stem = nn.Conv2d(3, width, 5, stride=2, padding=2)
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), nn.Conv2d(a, b, 3, stride=2, padding=1))
+            for a, b in pairwise(channels)
+        )
+        self.same = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, b), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1)) for b in channels[1:]
+        )
+        size = 16 * channels[-1]  # 64 / 2 / 2 / 2 / 2 = 4 x 4 places
+        self.neck = nn.Sequential(
+            nn.GroupNorm(8, channels[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(size, 256), nn.SiLU()
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in self.attributes.items()})
+        self.identity, self.real = nn.Linear(256, embedding), nn.Linear(256, 1)
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(len(self.attributes)))
+
+    def forward(self, images: Tensor) -> Verdict:
+        """`images` [N, 3, H, W] in [0, 1]; other sizes are resized to 64 x 64."""
+        if images.shape[-2:] != (64, 64):
+            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True, align_corners=False)
+        h = self.stem(images * 2 - 1)
+        for down, same in zip(self.down, self.same, strict=True):
+            h = down(h)
+            h = h + same(h)
+        features = self.neck(h)
+        logits = {
+            name: head(features) / self.temperature[i] for i, (name, head) in enumerate(self.heads.items())
+        }
+        return Verdict(logits, F.normalize(self.identity(features), dim=-1), self.real(features)[:, 0], features)
+
+    def indices(self, attribute: str, values: list[str]) -> Tensor:
+        """Value names of one attribute as indices [N]. Raises `UserError` for a value that the judge does not know."""
+        known = self.attributes[attribute]
+        for value in values:
+            if value not in known:
+                raise UserError(f"attribute {attribute}={value} is unknown to the judges: use {', '.join(known)}")
+        return torch.tensor([known.index(v) for v in values])
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        config = {"attributes": self.attributes, "width": self.width, "embedding": self.identity.out_features}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, name: str = "scorer") -> Judge:
+        """`scorer`, `judge`, or a folder that `save` wrote; frozen, float32."""
+        from safetensors.torch import load_file
+
+        folder = EMBEDDED / name if name in ("scorer", "judge") else Path(name)
+        if not (folder / "config.json").exists():
+            raise UserError(f"judge {name} is not a folder with config.json: use scorer, judge, or such a folder")
+        judge = cls(**json.loads((folder / "config.json").read_text()))
+        judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        return judge.requires_grad_(False).eval()

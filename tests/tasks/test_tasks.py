@@ -1,0 +1,287 @@
+"""Tasks: the shipped cases, common random numbers, prices, and one clear line for what is wrong with a case file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rwopt.apply import Attachment
+from rwopt.errors import UserError
+from rwopt.files import package_folder
+from rwopt.models import Model
+from rwopt.schedule import Schedule
+from rwopt.sites import list_sites
+from rwopt.tasks import Dials, Task, make_task
+from rwopt.tasks.cases import SPLITS, Case, load_cases, read_picture
+
+COUNTS = {"train": 128, "validation": 128, "test": 256}
+PLAIN = Dials(3.0, 0.6)
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return load_cases("avatars", "train", "editing", 3)
+
+
+@pytest.fixture(scope="module")
+def captions() -> list[Case]:
+    return load_cases("avatars", "train", "generation", 3)
+
+
+# --- the shipped cases
+
+
+def rows_of(split: str) -> list[dict[str, Any]]:
+    text = (package_folder("data") / "avatars" / f"{split}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_shipped_cases(split: str) -> None:
+    edits = load_cases("avatars", split, "editing")
+    assert len(edits) >= COUNTS[split]
+    assert len({c.kind for c in edits}) >= 6
+    for case in edits:
+        assert case.source is not None
+        assert case.truth is not None
+        assert case.source.shape == case.truth.shape == (64, 64, 3)
+        assert case.source.dtype == np.uint8
+        assert not np.array_equal(case.source, case.truth)
+        assert case.source_caption != case.caption
+        assert len(case.change) == 1
+        for name, value in case.change.items():
+            assert case.target[name] == value
+            assert name not in case.hidden  # an edit that cannot be seen could not be judged
+    texts = load_cases("avatars", split, "generation")
+    assert len(texts) >= COUNTS[split]
+    assert all(c.source is None and c.target and not c.change for c in texts)
+    assert len({c.id for c in edits + texts}) == len(edits) + len(texts)
+
+
+def test_splits_share_no_identity() -> None:
+    """Neither as a source nor as an edited person nor as a caption."""
+    seen: dict[str, set[tuple[str, ...]]] = {}
+    for split in SPLITS:
+        rows = rows_of(split)
+        people = [row[side] for row in rows for side in ("source", "target") if side in row]
+        seen[split] = {tuple(f"{k}={v}" for k, v in sorted(person.items())) for person in people}
+    assert not seen["train"] & seen["validation"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["validation"] & seen["test"]
+    ids = [row["id"] for split in SPLITS for row in rows_of(split)]
+    assert len(ids) == len(set(ids))
+
+
+def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
+    for split in SPLITS:
+        for row in rows_of(split):
+            if row["task"] == "editing":
+                assert row["target"] == {**row["source"], **row["change"]}
+                assert row["target"] != row["source"]
+
+
+def test_limit_takes_the_first(cases: list[Case]) -> None:
+    assert [c.id for c in cases] == [c.id for c in load_cases("avatars", "train", "editing")][:3]
+    with pytest.raises(UserError, match=r"^[^\n]* has 128 editing cases, 9999 were asked for[^\n]*$"):
+        load_cases("avatars", "train", "editing", 9999)
+
+
+# --- own cases
+
+
+def write(folder: Path, *lines: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / "train.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_own_cases(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    # a line separator inside a caption is a character like another, not a new line of the file
+    case = {"id": "a", "caption": "Kopf \u2028 mit Brille", "source_image": "a.png"}
+    folder = write(tmp_path, json.dumps(case, ensure_ascii=False), {"id": "b", "caption": "x", "task": "generation"})
+    found = load_cases(str(folder), "train", "editing")
+    assert [c.id for c in found] == ["a"]
+    assert found[0].caption == "Kopf \u2028 mit Brille"
+    assert found[0].truth is None
+    assert np.array_equal(found[0].source, picture)  # type: ignore[arg-type]
+    assert [c.id for c in load_cases(str(folder), "train", "generation")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("bad", ["{", "", "[1, 2]", '"text"', '{"id": "a"}', '{"caption": "a"}', "null", "3"])
+def test_a_bad_line_is_named_by_its_number(tmp_path: Path, bad: str) -> None:
+    folder = write(tmp_path, {"id": "a", "caption": "x"}, bad, {"id": "b", "caption": "y"})
+    with pytest.raises(UserError, match=r"train.jsonl line 2 is no case \([^\n]*\): it needs id and caption$"):
+        load_cases(str(folder), "train", "editing")
+
+
+@pytest.mark.parametrize("cell", [16, -1, 99])
+def test_a_cell_outside_its_sheet_is_named(tmp_path: Path, cell: int) -> None:
+    Image.new("RGB", (1024, 64)).save(tmp_path / "train_source.png")
+    folder = write(tmp_path, {"id": "a", "caption": "x", "cell": 15}, {"id": "b", "caption": "x", "cell": cell})
+    with pytest.raises(UserError, match=rf"line 2: cell {cell} lies outside the sheet of source pictures$"):
+        load_cases(str(folder), "train", "editing")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^task.cases=[^\n]*train.jsonl is missing[^\n]*$"):
+        load_cases(str(tmp_path), "train", "editing")
+    folder = write(tmp_path, {"id": "a", "caption": "x", "source_image": "none.png"})
+    with pytest.raises(UserError, match=r"^picture [^\n]*none.png cannot be read[^\n]*$"):
+        load_cases(str(folder), "train", "editing")
+    (tmp_path / "none.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"none.png cannot be read"):
+        read_picture(tmp_path / "none.png")
+
+
+# --- tasks
+
+
+def test_noise_is_a_function_of_case_and_draw(avatars: Model, cases: list[Case]) -> None:
+    whole = make_task("editing", avatars, cases, 2, draws=2)
+    assert [c.id for c in whole.cases] == [c.id for c in cases for _ in range(2)]
+    assert whole.owner.tolist() == [0, 0, 1, 1, 2, 2]
+    flat = whole.noise.flatten(1)
+    assert len(torch.unique(flat, dim=0)) == 6
+    assert float(flat.mean().abs()) < 0.05
+    assert float(flat.std()) == pytest.approx(1, abs=0.05)
+    part = make_task("editing", avatars, [cases[2], cases[0]], 3, draws=2, batch=1)
+    assert torch.equal(part.noise, whole.noise[[4, 5, 0, 1]])
+    assert torch.equal(make_task("editing", avatars, cases[:1], 2).noise, whole.noise[:1])
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Pictures in [0, 1] that differ by no more than the rounding of other batch sizes."""
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+
+def test_any_subset_gives_the_same_pictures(avatars: Model, cases: list[Case]) -> None:
+    whole = make_task("editing", avatars, cases, 2).images(PLAIN)
+    assert whole.shape == (3, 3, 64, 64)
+    assert 0 <= float(whole.min()) <= float(whole.max()) <= 1
+    same(make_task("editing", avatars, cases[1:], 2).images(PLAIN), whole[1:])
+    same(make_task("editing", avatars, cases, 2, batch=2).images(PLAIN), whole)
+
+
+def all_ones(task: Task) -> Schedule:
+    sites = [s.id for s in list_sites(task.model.unet, ("self", "cross", "ff"))]
+    return Schedule.constant(sites, [10.0, 0.1])
+
+
+def test_all_ones_are_the_plain_model_bit_by_bit(avatars: Model, cases: list[Case]) -> None:
+    task = make_task("editing", avatars, cases[:2], 2)
+    plain = task.images(PLAIN)
+    ones = all_ones(task)
+    assert torch.equal(task.images(PLAIN, ones), plain)
+    whole = Schedule.constant([s.id for s in list_sites(avatars.unet)], [1.0], mode="output")
+    assert torch.equal(task.images(PLAIN, whole), plain)
+    half = Schedule(ones.sites, ones.sigmas, ones.weights / 2)
+    halved = task.images(PLAIN, half)
+    assert not torch.equal(halved, plain)
+    with Attachment(avatars.unet, half.sites) as attachment:
+        assert torch.equal(task.images(PLAIN, half, attachment), halved)
+        with pytest.raises(ValueError, match="sites and the mode of the schedule"):
+            task.images(PLAIN, whole, attachment)
+    assert not any(module._forward_hooks for module in avatars.unet.modules())  # nothing stays on the model
+
+
+def test_generation(avatars: Model, captions: list[Case]) -> None:
+    dials = Dials(2.5)
+    task = make_task("generation", avatars, captions[:2], 2, plain=dials)
+    assert task.references is not None
+    assert task.calls == 2
+    before = avatars.calls
+    assert torch.equal(task.images(dials), task.references)  # the reference is the plain picture of the same noise
+    assert avatars.calls - before == 2
+    assert torch.equal(task.images(Dials(2.5, strength=0.3)), task.references)  # strength means nothing here
+    assert not torch.equal(task.images(Dials(5.0)), task.references)
+    batch = task.describe(task.references)
+    assert batch.reference is task.references
+    assert batch.truth is None
+    assert batch.prompts == [c.caption for c in captions[:2]]
+    assert batch.target == [c.target for c in captions[:2]]
+    assert batch.changed == [[], []]
+
+
+def test_sdedit(avatars: Model, cases: list[Case]) -> None:
+    task = make_task("editing", avatars, cases, 2, batch=2)
+    assert task.calls == 2
+    before = avatars.calls
+    weak = task.images(Dials(3.0, 0.002))
+    assert avatars.calls - before == 2 * task.calls  # two batches
+    batch = task.describe(weak)
+    assert batch.reference is not None
+    assert batch.truth is not None
+    expected = torch.from_numpy(np.stack([c.source for c in cases]))  # type: ignore[arg-type]
+    assert torch.equal((batch.reference * 255).round().byte().permute(0, 2, 3, 1), expected)
+    assert batch.changed == [list(c.change) for c in cases]
+    assert batch.hidden == [c.hidden for c in cases]
+    # next to no strength: what is left is the way through the autoencoder and two steps of hardly any noise
+    through = avatars.decode(avatars.latents(batch.reference))
+    assert float((weak - through).abs().mean()) < 0.05
+    x, cond, ts = task.inputs(Attachment(avatars.unet, ()), Dials(3.0, 0.5), slice(1, 3))
+    a = float(avatars.alphas_cumprod[ts[0]])
+    assert ts == [499, 249]
+    torch.testing.assert_close(x, a**0.5 * task.latents[1:] + (1 - a) ** 0.5 * task.noise[1:])  # type: ignore[attr-defined]
+    assert cond.positive.shape[0] == 2
+
+
+def test_inversion(avatars: Model, cases: list[Case]) -> None:
+    task = make_task("editing", avatars, cases[:2], 2, method="inversion")
+    assert task.calls == 4
+    before = avatars.calls
+    first = task.images(PLAIN)
+    assert avatars.calls - before == 4  # up and down
+    assert torch.equal(first, task.images(PLAIN))
+    assert avatars.calls - before == 6  # the way up is known
+    task.images(Dials(3.0, 0.5))
+    assert avatars.calls - before == 10  # another strength goes up anew
+    assert not torch.equal(first, make_task("editing", avatars, cases[:2], 2).images(PLAIN))
+
+
+def test_the_way_up_sees_no_weights(avatars: Model, cases: list[Case]) -> None:
+    """Whichever schedule asks first, every candidate starts from the same inverted latents."""
+    tasks = [make_task("editing", avatars, cases[:1], 2, method="inversion") for _ in range(2)]
+    ones = all_ones(tasks[0])
+    half = Schedule(ones.sites, ones.sigmas, ones.weights / 2)
+    tasks[0].images(PLAIN)
+    assert torch.equal(tasks[0].images(PLAIN, half), tasks[1].images(PLAIN, half))
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m, c: make_task("edit", m, c, 2), "task.name=edit is unknown: did you mean editing"),
+        (lambda m, c: make_task("editing", m, [], 2), "no cases were given"),
+        (lambda m, c: make_task("editing", m, c, 2, method="magic"), "task.method=magic is unknown"),
+        (lambda m, c: make_task("editing", m, [*c, Case("mine", "x")], 2), "case mine has no source picture"),
+        (
+            lambda m, c: make_task("editing", m, [*c, Case("big", "x", source=np.zeros((48, 96, 3), np.uint8))], 2),
+            "case big: source is 96 x 48, avatars makes 64 x 64: resize it",
+        ),
+        (
+            lambda m, c: make_task("editing", m, [Case("t", "x", source=c[0].source, truth=c[0].source[:32])], 2),
+            "case t: truth is 64 x 32",
+        ),
+        (lambda m, c: make_task("editing", m, c, 0).images(PLAIN), "steps=0"),
+        (lambda m, c: make_task("editing", m, c, 2).images(Dials(3.0, 1.5)), "strength=1.5"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    avatars: Model, cases: list[Case], make: Callable[[Model, list[Case]], object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        make(avatars, cases)
+    assert "\n" not in str(caught.value)
