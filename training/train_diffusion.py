@@ -132,7 +132,7 @@ class TrainDiffusion(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.98), weight_decay=1e-2)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
 
         def scale(step: int) -> float:  # warm up, hold, then down to 0 over the last 40 %
             return min(1.0, (step + 1) / 300, max(0.0, (self.steps - step) / (0.4 * self.steps)))
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shipped", action="store_true", help="start from the shipped weights (with a fresh optimiser)")
     args = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval()
     latents = cache_latents(vae)
@@ -171,7 +172,10 @@ def main() -> None:
         return latents[rows], ids, noise, t.long().clamp(max=999)
 
     module = TrainDiffusion(tokenizer, args.steps, args.rate)
-    fit(module, batch, "diffusion", args.steps, args.seed)
+    if args.shipped:
+        module.text.load_state_dict(CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().state_dict())
+        module.unet.load_state_dict(UNet2DConditionModel.from_pretrained(MODEL / "unet").float().state_dict())
+    fit(module, batch, "diffusion-on" if args.shipped else "diffusion", args.steps, args.seed)
     export(module, tokenizer)
 
 

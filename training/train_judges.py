@@ -60,12 +60,12 @@ def make_fakes(model: Model, pool: str, count: int, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def reconstruct(model: Model, pool: str) -> np.ndarray:
-    """The VAE's reconstruction of each picture of the pool, uint8 [N, 2, 64, 64, 3]."""
+def reconstruct(model: Model, pool: str, people: int = 2000) -> np.ndarray:
+    """The VAE's reconstruction of the pool's last people, uint8 [people, 2, 64, 64, 3]."""
     path = CACHE / f"reconstructed_{pool}.npy"
     if path.exists():
         return np.load(path)
-    pictures = load_pool(pool)[0]
+    pictures = load_pool(pool)[0][-people:]
     flat = pictures.reshape(-1, 64, 64, 3)
     parts = [model.decode(model.latents(to_float(flat[i : i + 128]))) for i in range(0, len(flat), 128)]
     out = (torch.cat(parts) * 255).round().byte().permute(0, 2, 3, 1).numpy().reshape(pictures.shape)
@@ -138,13 +138,17 @@ def accuracy(judge: Judge, images: Tensor, labels: np.ndarray) -> dict[str, floa
 def train(name: str, steps: int, model: Model) -> None:
     settings = JUDGES[name]
     pictures, values = load_pool(name)
-    recon, fakes = reconstruct(model, name), make_fakes(model, name, 4096, settings["seed"])
-    labels, train_count, m = visible(values), len(pictures) - 500, 48
+    recon, fakes = reconstruct(model, name), make_fakes(model, name, 2560, settings["seed"])
+    labels, train_count, m = visible(values), len(pictures) - 500, 40
+    offset = len(pictures) - len(recon)  # recon[i] shows the people of pictures[offset + i]
 
     def batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        rows = rng.integers(train_count, size=m)
-        source = recon if rng.random() < 0.5 else pictures
-        images = np.concatenate([source[rows, 0], source[rows, 1]])
+        if rng.random() < 0.5:  # what the model can draw at best counts as real, too
+            rows = rng.integers(offset, train_count, size=m)
+            images = np.concatenate([recon[rows - offset, 0], recon[rows - offset, 1]])
+        else:
+            rows = rng.integers(train_count, size=m)
+            images = np.concatenate([pictures[rows, 0], pictures[rows, 1]])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         target = torch.from_numpy(np.concatenate([labels[rows, 0], labels[rows, 1]]))
         fake = fakes[rng.integers(len(fakes) - 256, size=m)]
@@ -153,13 +157,13 @@ def train(name: str, steps: int, model: Model) -> None:
     module = TrainJudge(settings["width"], steps)
     fit(module, batch, name, steps, settings["seed"], ema=0.995)
     judge = module.judge.eval()
-    fit_temperatures(judge, to_float(recon[train_count:, 0]), labels[train_count:, 0])
+    fit_temperatures(judge, to_float(recon[train_count - offset :, 0]), labels[train_count:, 0])
     publish(lambda folder: judge.save(folder), name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--only", choices=list(JUDGES))
     args = parser.parse_args()
     model = load_model("avatars", dtype="float32")
