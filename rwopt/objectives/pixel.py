@@ -1,4 +1,4 @@
-"""Pixel fidelity to the true edited picture: PSNR, and SSIM from torchmetrics' functional form."""
+"""Pixel fidelity: PSNR and SSIM (torchmetrics' functional form) to the true edit; SSIM to the source."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ def _psnr(batch: Batch) -> Tensor:
     return -10 * error.clamp(min=1e-10).log10()  # equal pictures: 100, where infinity would survive no mean or gradient
 
 
-def _ssim(batch: Batch) -> Tensor:
+def _ssim(images: Tensor, other: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    assert batch.truth is not None
-    value = structural_similarity_index_measure(batch.images, batch.truth, data_range=1.0, reduction="none")
+    value = structural_similarity_index_measure(images, other, data_range=1.0, reduction="none")
     assert isinstance(value, Tensor)
-    return value.reshape(len(batch.images))
+    return value.reshape(len(images))
+
+
+def _ssim_truth(batch: Batch) -> Tensor:
+    assert batch.truth is not None
+    return _ssim(batch.images, batch.truth)
+
+
+def _ssim_source(batch: Batch) -> Tensor:
+    assert batch.reference is not None
+    return _ssim(batch.images, batch.reference).clamp(min=0)
 
 
 _ALL = {
     "truth.psnr": (_psnr, (0.0, 100.0), "peak signal-to-noise ratio to the true edit, dB"),
-    "truth.ssim": (_ssim, (-1.0, 1.0), "structural similarity to the true edit"),
+    "truth.ssim": (_ssim_truth, (-1.0, 1.0), "structural similarity to the true edit"),
+    "source.ssim": (_ssim_source, (0.0, 1.0), "structural similarity to the source: pose and place are kept, too"),
 }
 
 
@@ -34,4 +44,5 @@ def names() -> list[str]:
 
 def make(name: str) -> Objective:
     function, span, about = _ALL[name]
-    return Objective(ObjectiveSpec(name, True, True, span, frozenset({"truth"}), about=about), function)
+    needs = frozenset({"reference" if name.startswith("source.") else "truth"})
+    return Objective(ObjectiveSpec(name, True, True, span, needs, about=about), function)

@@ -32,8 +32,13 @@ FORMAT, VERSION = "rwopt.importance", "1.0"
 PROBES: dict[str, str] = {
     "ablation": "rwopt.probes.ablation:Ablation",
     "gradient_norm": "rwopt.probes.gradient_norm:GradientNorm",
+    "gram": "rwopt.probes.gram:Gram",
+    "reward_gradient": "rwopt.probes.reward_gradient:RewardGradient",
+    "shapley": "rwopt.probes.shapley:Shapley",
+    "snr": "rwopt.probes.snr:Snr",
     "voting": "rwopt.probes.voting:Voting",
 }  # name -> "module:class"; a class here is a dataclass whose fields are its options
+SIGNED = ("gram", "reward_gradient", "shapley", "snr")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +46,8 @@ class Importance:
     """What a probe measured.
 
     sites: S ids in execution order; sigmas: VE noise level of each step, [K], strictly descending, > 0;
-    scores: [K, S], larger means more important *in the probe's own opinion*, unit set by `method`;
+    scores: [K, S], larger means more important *in the probe's own opinion*, unit set by `method`; those of the
+    `SIGNED` probes may be negative (a derivative, or a site whose absence helps);
     low, high: 95 % interval of the score over pictures, [K, S], or None where there is none;
     calls: U-Net calls spent, a backward pass counted as two; details: what else is worth keeping, JSON-able.
     Raises `UserError` for shapes that disagree and for values that are not finite.
@@ -136,13 +142,15 @@ def choice(option: str, value: object, known: Sequence[str]) -> None:
         raise UserError(f"probe.{option}={value} is unknown: {nearest(str(value), known)}")
 
 
-def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Mean over pictures of non-negative `values` [..., N], and its 95 % interval (low, high).
+def mean_interval(
+    values: np.ndarray, signed: bool = False
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Mean over pictures of `values` [..., N], and its 95 % interval (low, high), cut at 0 unless `signed`.
 
-    Normal approximation, cut at 0; too narrow for few pictures. One picture has none: (mean, None, None).
+    Normal approximation; too narrow for few pictures. One picture has none: (mean, None, None).
     """
     mean, n = values.mean(-1), values.shape[-1]
     if n < 2:
         return mean, None, None
     half = 1.96 * values.std(-1, ddof=1) / np.sqrt(n)
-    return mean, np.maximum(mean - half, 0), mean + half
+    return mean, mean - half if signed else np.maximum(mean - half, 0), mean + half

@@ -1,23 +1,32 @@
-"""The plain run that every probe follows."""
+"""The plain run that every probe follows, and what may be asked beside it.
+
+Two questions make two trajectories. `teacher`: how does the U-Net's output at the plain state move? `student`:
+the perturbed step is followed by plain ones, how do the final latents move? The second sees error that travels,
+and costs N - i calls at step i where the first costs one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rwopt.apply import Attachment
+from rwopt.errors import UserError
 from rwopt.models import Model
+from rwopt.probes import choice
 from rwopt.sampling import Condition, ddim_step, guide, predict
+
+TRAJECTORIES = ("teacher", "student")
+Predict = Callable[[int, np.ndarray], Tensor]  # (step, weights [S]) -> what is watched, rows first
 
 
 class Teacher:
     """The plain trajectory x_0, x_1, ... of N pictures, at each state of which a probe asks "what if?".
 
     Following the plain states keeps steps independent: an error at one step is never blamed on a later one.
-    The price of that is that error which travels along the trajectory is not seen.
     """
 
     def __init__(
@@ -43,8 +52,7 @@ class Teacher:
     def advance(self, i: int, out: Tensor) -> None:
         """Make the state of step `i + 1` from the plain output of step `i`."""
         if i + 1 < len(self.ts):
-            step = ddim_step(self.model, guide(out, self.cond), self.states[i], self.ts[i], self.ts[i + 1])
-            self.states[i + 1 :] = [step]
+            self.states[i + 1 :] = [self._step(i, out, self.states[i])]
 
     def run(self) -> Iterator[Tensor]:
         """The plain outputs, step by step, computed anew at each run: N calls."""
@@ -52,3 +60,46 @@ class Teacher:
             out = self.predict(i)
             self.advance(i, out)
             yield out
+
+    def finish(self, i: int, weights: Tensor | np.ndarray | None = None) -> Tensor:
+        """Final latents [N, C, h, w] of the run that has `weights` at step `i` and is plain after it: N - i calls."""
+        out = self.predict(i, weights)
+        x = self._step(i, out, self.states[i])
+        for j in range(i + 1, len(self.ts)):
+            x = self._step(j, predict(self.model, self.attachment, x, self.ts[j], self.cond), x)
+        return x
+
+    def view(self, trajectory: str) -> tuple[Predict, Iterable[Tensor]]:
+        """(what a perturbed step shows, what the plain run shows at each step); take the second's first.
+
+        teacher: raw outputs, [2N, ...] if guided. student: final latents [N, ...], each step the same plain ones.
+        """
+        choice("trajectory", trajectory, TRAJECTORIES)
+        return (self.predict, self.run()) if trajectory == "teacher" else (self.finish, self._ends())
+
+    def _ends(self) -> Iterator[Tensor]:
+        *_, out = self.run()
+        end = self._step(len(self.ts) - 1, out, self.states[-1])
+        for _ in self.ts:
+            yield end
+
+    def _step(self, i: int, out: Tensor, x: Tensor) -> Tensor:
+        t_next = self.ts[i + 1] if i + 1 < len(self.ts) else None
+        return ddim_step(self.model, guide(out, self.cond), x, self.ts[i], t_next)
+
+
+def relative_error(out: Tensor, plain: Tensor, pictures: int) -> np.ndarray:
+    """`|out - plain|^2 / |plain|^2` [N] over the rows and elements of each picture."""
+    square = by_picture(out - plain, pictures).square().sum(1), by_picture(plain, pictures).square().sum(1)
+    return np.asarray((square[0] / square[1].clamp(min=1e-30)).cpu().numpy())
+
+
+def by_picture(out: Tensor, pictures: int) -> Tensor:
+    """float64 [N, D] of [N, ...], or of [2N, ...] with both halves of a picture side by side."""
+    return out.detach().double().reshape(-1, pictures, out[0].numel()).transpose(0, 1).flatten(1)
+
+
+def branch_only(attachment: Attachment, value: float) -> None:
+    """Raise `UserError` where a weight of `value` would not be a skip of the branch alone."""
+    if attachment.mode == "output" and value == 0:
+        raise UserError("probe.value=0 in output mode zeroes the whole stream, not a branch: use mode=residual")

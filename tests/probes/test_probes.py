@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from diffusers import DDIMScheduler
 from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
-from rwopt.probes import PROBES, Importance, make_probe, mean_interval
+from rwopt.probes import PROBES, SIGNED, Importance, make_probe, mean_interval
 from rwopt.probes.ablation import ablate
 from rwopt.probes.gradient_norm import output_gradient
+from rwopt.probes.gram import columns, products
+from rwopt.probes.shapley import draw_orders, every_subset, exact_shapley, permutation_shapley, skip_loss, summarise
+from rwopt.probes.snr import Moments, watch
 from rwopt.probes.teacher import Teacher
 from rwopt.probes.voting import Voting, _skip, follow, points
 from rwopt.sampling import Condition, predict, sample
@@ -23,8 +27,34 @@ from rwopt.sites import find_sites, list_sites
 
 N, K, S = 2, 2, 7  # pictures, steps, sites (of the tiny U-Net, in 5 blocks)
 TS = [700, 300]
-SMALL: dict[str, dict[str, Any]] = {"ablation": {}, "gradient_norm": {}, "voting": {"rounds": 2, "epochs": 3}}
-PRICE = {"ablation": K * (1 + S), "gradient_norm": 3 * K, "voting": 2 * K * 2 * 3}
+SMALL: dict[str, dict[str, Any]] = {
+    "ablation": {},
+    "gradient_norm": {},
+    "gram": {},
+    "reward_gradient": {"reward": lambda z: z.square().flatten(1).mean(1)},
+    "shapley": {"permutations": 2},
+    "snr": {"draws": 3},
+    "voting": {"rounds": 2, "epochs": 3},
+}
+PRICE = {
+    "ablation": K * (1 + S),
+    "gradient_norm": 3 * K,
+    "gram": K * (1 + S),
+    "reward_gradient": 4 * K,
+    "shapley": K * (2 + 2 * (S - 1)),
+    "snr": K + 3 * K,
+    "voting": 2 * K * 2 * 3,
+}
+TAILS = K * (K + 1) // 2  # steps from each step to the end, summed
+STUDENT = {
+    "ablation": K + TAILS * S,
+    "gram": K + TAILS * S,
+    "reward_gradient": 4 * K,
+    "shapley": K + TAILS * (1 + 2 * (S - 1)),
+}
+CASES = [(name, "teacher" if name in STUDENT else None, guided) for name in PROBES for guided in (True, False)]
+CASES += [(name, "student", True) for name in STUDENT]
+BACKWARD = {"gradient_norm": 2 * K, "reward_gradient": 2 * K}  # calls that a model does not count itself
 
 
 @pytest.fixture
@@ -59,12 +89,11 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 # --- the contract
 
 
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("name", PROBES)
-def test_contract(name: str, guided: bool, model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "trajectory", "guided"), CASES)
+def test_contract(name: str, trajectory: str | None, guided: bool, model: Model, tmp_path: Path) -> None:
     x, cond, ts = inputs(guided)
     kept, rng = x.clone(), (legacy_state(), torch.get_rng_state())
-    probe = make_probe(name, **SMALL[name])
+    probe = make_probe(name, **SMALL[name], **({} if trajectory is None else {"trajectory": trajectory}))
     with attach(model, probe.mode) as attachment:
         hooks = [len(m._forward_hooks) for m in model.unet.modules()]
         found = probe(model, attachment, x, cond, ts)
@@ -77,14 +106,12 @@ def test_contract(name: str, guided: bool, model: Model, tmp_path: Path) -> None
     assert found.sigmas == pytest.approx([model.sigma(t) for t in ts])
     assert found.scores.shape == (K, S)
     assert np.isfinite(found.scores).all()
-    assert (found.scores >= 0).all()
+    assert name in SIGNED or (found.scores >= 0).all()
     if found.low is not None and found.high is not None:
         assert (found.low <= found.scores).all()
         assert (found.scores <= found.high).all()
-    assert found.calls == PRICE[name]
-    assert used == (
-        found.calls // 3 if name == "gradient_norm" else found.calls
-    )  # 2 of 3 are the backward pass
+    assert found.calls == (STUDENT if trajectory == "student" else PRICE)[name]
+    assert used == found.calls - BACKWARD.get(name, 0)
     assert (again.scores == found.scores).all()
     assert torch.equal(x, kept)
     assert torch.is_grad_enabled()
@@ -120,6 +147,14 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         make_probe("voting", teacher="cache")
     with pytest.raises(UserError, match="at least 1"):
         make_probe("voting", epochs=0)
+    with pytest.raises(UserError, match="did you mean student"):
+        make_probe("gram", trajectory="studnet")
+    with pytest.raises(UserError, match="must be even"):
+        make_probe("shapley", permutations=3)
+    with pytest.raises(UserError, match="at least 2"):
+        make_probe("snr", draws=1)
+    with pytest.raises(UserError, match="value=1"):
+        make_probe("gram", value=1.0)
 
 
 def test_bad_importances_are_refused(tmp_path: Path) -> None:
@@ -150,6 +185,9 @@ def test_interval_of_the_mean() -> None:
         mean - low == pytest.approx(high - mean)
     )
     assert mean_interval(np.ones((2, 1)))[1:] == (None, None)
+    values = np.array([[-3.0, 1.0]])
+    assert (mean_interval(values)[1] == 0).all()
+    assert (mean_interval(values, signed=True)[1] == pytest.approx(-1 - 1.96 * 2))
 
 
 # --- each probe on a real U-Net
@@ -172,8 +210,120 @@ def test_ablation_is_the_relative_error_of_a_skip(model: Model) -> None:
     assert by_block.scores[0, 3] == by_block.scores[0, 4]
 
 
+def test_student_trajectory_ends_where_sampling_ends(model: Model) -> None:
+    x, cond, ts = inputs()
+    weights = torch.ones(K, S)
+    weights[0, 2] = 0
+    rows = {model.sigma(t): w for t, w in zip(ts, weights, strict=True)}
+    with attach(model, "residual") as attachment, torch.no_grad():
+        teacher = Teacher(model, attachment, x, cond, ts)
+        predict_end, ends = teacher.view("student")
+        plain = sample(model, attachment, x, cond, ts)
+        assert all(torch.equal(end, plain) for end in ends)
+        moved = predict_end(0, weights[0].numpy())
+        torch.testing.assert_close(moved, sample(model, attachment, x, cond, ts, lambda sigma: rows[sigma]))
+        found = make_probe("ablation", trajectory="student")(model, attachment, x, cond, ts)
+    ratio = (moved - plain).square().sum((1, 2, 3)) / plain.square().sum((1, 2, 3))
+    assert found.scores[0, 2] == pytest.approx(float(ratio.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("trajectory", ["teacher", "student"])
+def test_gram_holds_the_ablation_and_all_pairs(trajectory: str, model: Model) -> None:
+    x, cond, ts = inputs()
+    with attach(model, "residual") as attachment:
+        ablation = make_probe("ablation", trajectory=trajectory)(model, attachment, x, cond, ts)
+        gram = make_probe("gram", trajectory=trajectory)(model, attachment, x, cond, ts)
+        sums = make_probe("gram", trajectory=trajectory, score="shapley")(model, attachment, x, cond, ts)
+    np.testing.assert_allclose(gram.scores, ablation.scores, rtol=1e-6)
+    matrices = np.array(gram.details["gram"])
+    np.testing.assert_allclose(matrices, matrices.transpose(0, 2, 1), rtol=1e-9)
+    np.testing.assert_allclose(matrices.diagonal(axis1=1, axis2=2), gram.scores, rtol=1e-9)
+    np.testing.assert_allclose(matrices.sum(2), sums.scores, atol=1e-12)
+    if trajectory == "student":  # steps share the final latents, so they interact too
+        table = np.array(gram.details["table"]).reshape(K, S, K, S)
+        np.testing.assert_allclose([table[k, :, k] for k in range(K)], matrices, rtol=1e-9)
+
+
+def test_gram_predicts_a_small_joint_move(model: Model) -> None:
+    x, cond, ts = inputs()
+    move = np.array([0.02, -0.01, 0.0, 0.02, 0.01, -0.02, 0.01])
+    with attach(model, "residual") as attachment, torch.no_grad():
+        found = make_probe("gram", value=0.98)(model, attachment, x, cond, ts)
+        teacher = Teacher(model, attachment, x, cond, ts)
+        for i, plain in enumerate(teacher.run()):
+            error = skip_loss(lambda i, w: teacher.predict(i, 1 + move), i, plain, N)(np.ones(S, dtype=bool)).mean()
+            assert move @ np.array(found.details["gram"][i]) @ move == pytest.approx(error, rel=0.15)
+
+
+def test_shapley_sampling_is_exact_enumeration_in_expectation(model: Model) -> None:
+    x, cond, ts = inputs()
+    ids = [s.id for s in list_sites(model.unet)][:3]  # few enough to try all 3! orders
+    with Attachment(model.unet, ids) as attachment, torch.no_grad():
+        teacher = Teacher(model, attachment, x, cond, ts[:1])
+        for i, plain in enumerate(teacher.run()):
+            loss = skip_loss(teacher.predict, i, plain, N)
+            exact = exact_shapley(every_subset(loss, 3))
+            shares = permutation_shapley(loss, [np.array(o) for o in itertools.permutations(range(3))])
+            assert teacher.calls == 1 + 7  # every subset was asked for once
+    np.testing.assert_allclose(shares.mean(0), exact, rtol=1e-9)
+
+
+def test_reward_gradient_agrees_with_finite_differences(model: Model) -> None:
+    x, cond, ts = inputs()
+    target = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def reward(z: torch.Tensor) -> torch.Tensor:
+        return -(z - target).square().flatten(1).sum(1)
+
+    with attach(model, "residual") as attachment:
+        full = make_probe("reward_gradient", reward=reward)(model, attachment, x, cond, ts)
+        local = make_probe("reward_gradient", reward=reward, trajectory="teacher")(model, attachment, x, cond, ts)
+        for k, s in ((0, 2), (1, 5)):
+            ends = []
+            for h in (1e-2, -1e-2):
+                table = torch.ones(K, S)
+                table[k, s] += h
+                rows = {model.sigma(t): row for t, row in zip(ts, table, strict=True)}
+                ends.append(reward(sample(model, attachment, x, cond, ts, lambda sigma, r=rows: r[sigma])).mean())
+            assert full.scores[k, s] == pytest.approx(float(ends[0] - ends[1]) / 2e-2, rel=0.03, abs=1e-4)
+        with pytest.raises(UserError, match="task_reward"):
+            make_probe("reward_gradient")(model, attachment, x, cond, ts)
+    np.testing.assert_allclose(local.scores[-1], full.scores[-1], rtol=1e-5)  # after the last step no input is left
+    assert (local.scores[0] != full.scores[0]).all()
+
+
+@pytest.mark.parametrize("kinds", [("transformer",), ("self", "cross", "ff")])
+def test_snr_slope_agrees_with_scaling_the_branch(kinds: tuple[str, ...], model: Model) -> None:
+    """The derivative of the log-SNR that one reads after really scaling the branch by 1 +- h."""
+    x, cond, _ = inputs(guided=False)
+    sites = list_sites(model.unet, kinds)
+    site = next(i for i, s in enumerate(sites) if s.path.startswith("up_blocks.1"))  # one transformer block each
+    draws = torch.randn(4, *x.shape, generator=torch.Generator().manual_seed(3)) * 0.5
+
+    def moments(weight: float) -> Moments:
+        out, weights = Moments(), torch.ones(len(sites))
+        weights[site] = weight
+        with Attachment(model.unet, [s.id for s in sites]) as attachment, torch.no_grad():
+            for noise in draws:
+                with watch(model.unet, sites) as seen:
+                    predict(model, attachment, x + noise, 300, cond, weights)
+                out.add(*seen[site, 0])
+        return out
+
+    slope = (moments(1.01).log_snr() - moments(0.99).log_snr()) / 0.02
+    np.testing.assert_allclose(moments(1.0).slope(), slope, rtol=2e-2, atol=2e-3)
+
+
+def test_snr_needs_a_branch(model: Model) -> None:
+    with attach(model, "output") as attachment, pytest.raises(UserError, match="keeps its SNR"):
+        make_probe("snr")(model, attachment, *inputs())
+
+
 def test_ablation_in_output_mode_would_cut_the_stream(model: Model) -> None:
     with attach(model, "output") as attachment:
+        for name in ("gram", "shapley"):
+            with pytest.raises(UserError, match="mode=residual"):
+                make_probe(name)(model, attachment, *inputs())
         with pytest.raises(UserError, match="mode=residual"):
             make_probe("ablation")(model, attachment, *inputs())
         found = make_probe("ablation", value=0.97)(model, attachment, *inputs())
@@ -336,3 +486,59 @@ def test_output_gradient_keeps_rows_apart() -> None:
         .expand(3, 1, 2, 2)
     )
     assert output_gradient(out, weights).tolist() == [[6, 12], [42, 56], [0, 2]]
+
+
+def quadratic_losses(hessian: np.ndarray) -> np.ndarray:
+    """Errors [2^S, 1] of all subsets of the game v(A) = 1_A' H 1_A."""
+    return every_subset(lambda skipped: np.array([skipped @ hessian @ skipped], dtype=float), len(hessian))
+
+
+def test_gram_and_shapley_recover_a_coupled_quadratic() -> None:
+    rng = np.random.default_rng(2)
+    hessians = np.array([coupled(rng, 7, 1.0, 0.9) for _ in range(30)])
+    net = Quadratic(hessians)
+    scale = net.plain.square().mean((1, 2, 3, 4)).numpy()
+    ranks = []
+    for i, moves in enumerate(columns(net.predict, net.run(), 7, 1)):
+        (gram,) = products(moves, moves) * scale[i]
+        np.testing.assert_allclose(gram, hessians[i], rtol=1e-9, atol=1e-12)
+        exact = exact_shapley(quadratic_losses(hessians[i]))[:, 0]
+        np.testing.assert_allclose(gram.sum(1), exact, rtol=1e-9)  # row sums: exact for a quadratic
+        loss = skip_loss(net.predict, i, net.plain[i], 1)
+        shares = permutation_shapley(loss, draw_orders(2, 7, rng)) * scale[i]
+        np.testing.assert_allclose(shares.mean(0)[:, 0], exact, rtol=1e-9)  # so is one order with its reverse
+        ranks.append(spearman(gram.diagonal(), exact))
+    assert net.calls == 30 * (1 + 7 + 1 + 2 * 6)
+    assert np.mean(ranks) > 0.8
+
+
+def test_shapley_errors_are_honest() -> None:
+    """On a game of third order, where orders differ, intervals hold the truth about as often as they say."""
+    rng = np.random.default_rng(4)
+    cubic = rng.standard_normal((6, 6, 6))
+    loss = lambda a: np.array([np.einsum("ijk,i,j,k", cubic, *[a.astype(float)] * 3)])  # noqa: E731
+    exact = exact_shapley(every_subset(loss, 6))[:, 0]
+    assert exact.sum() == pytest.approx(cubic.sum())
+    hits = []
+    for _ in range(40):
+        shares = permutation_shapley(loss, draw_orders(40, 6, rng))
+        mean, error, half = summarise(shares)
+        assert error is not None
+        assert half == pytest.approx(1.96 * error)  # one picture: the orders alone
+        hits.append(np.abs(mean - exact) < half)
+    assert 0.85 < np.mean(hits) < 1
+    with pytest.raises(UserError, match="all subsets"):
+        exact_shapley(np.zeros(6))
+
+
+def test_snr_estimator_finds_known_parts() -> None:
+    rng = np.random.default_rng(5)
+    s, sa = rng.standard_normal((2, 1, 4000))
+    mix, own = 0.5, 0.3  # n_a = mix n + own noise
+    moments = Moments()
+    for _ in range(400):
+        n = rng.standard_normal((1, 4000)) * 2
+        moments.add(torch.tensor(s + n), torch.tensor(sa + mix * n + own * rng.standard_normal((1, 4000))))
+    truth = 2 * (s @ sa.T)[0, 0] / (s @ s.T)[0, 0] - 2 * mix
+    assert moments.slope()[0] == pytest.approx(truth, abs=0.02)
+    assert moments.log_snr()[0] == pytest.approx(np.log((s @ s.T)[0, 0] / (4 * 4000)), abs=0.02)

@@ -1,0 +1,155 @@
+"""Learned schedules against every baseline and control on test cases, over several search seeds.
+
+`python benchmarks/editing.py [--quick] [--seeds 5]`, likewise `generation.py`. Seeds repeat the learned and constant
+search; dials, probes and fixed schedules are shared, as nothing in them is random but the dials' sampler. Finished
+parts are kept in the run folder, so a killed benchmark goes on. Every number goes to `benchmarks/results/<name>.json`,
+and the table between the markers of README.md is made from that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwopt import config
+from rwopt.arms import Arm
+from rwopt.cli import _quiet
+from rwopt.evaluation import Scores, compare
+from rwopt.files import write_text
+from rwopt.progress import Bar
+from rwopt.results import Paired
+from rwopt.search import NOTES, Search, report_metrics, verdict, versions
+
+ROOT = Path(__file__).resolve().parent
+QUICK = [
+    "task.train=6", "task.validation=8", "task.test=14", "task.steps=2", "tuner.trials=2", "tuner.control_trials=1",
+    "tuner.sampler=random", "analytic.rounds=1", "analytic.epochs=2", "analytic.cases=2", "probe.cases=4",
+]  # fmt: skip
+FULL = ["task.validation=64", "task.test=256"]  # on top of the recipe
+SEEDED = ("constant", "learned")
+
+
+def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: bool) -> dict[str, Any]:
+    """All arms, scored on the test cases: the content of the result file."""
+    settings = config.load(recipe, [*overrides, "track.wandb=off"])
+    with Bar() as bar:
+        search = Search(settings, folder, bar)
+        shop, trials = search.shop, settings.tuner.trials
+        bar.start(search.evaluations + 2 * (seeds - 1) * trials)
+        dials, importance = search.guidance(), search.importance()
+        starts = {"guidance": dials.dials.to_dict(), "recipe": shop.base.to_dict()}
+        arms: dict[str, list[Arm]] = {"plain": [shop.fixed("plain")], "best guidance": [search.best_guidance(dials)]}
+        for name, schedule in search.published().items():
+            count = trials if name == "analytic" else settings.tuner.control_trials
+            arms[name] = [shop.tune_dials(name, schedule, count, starts)]
+        for name in SEEDED:
+            arms[name] = [
+                search.learn(dials, importance, seed, f"{name} {seed}", constant=name == "constant")
+                for seed in range(seeds)
+            ]
+        metrics = list(settings.objective.report)
+        scores = {name: [shop.test(arm, metrics) for arm in group] for name, group in arms.items()}
+    pairs = [("learned", other) for other in arms if other != "learned"]
+    pairs += [("constant", "best guidance"), ("constant", "analytic"), ("best guidance", "plain")]
+    paired = [
+        compare(scores[a], scores[b], m.name, (a, b), m.optimised, "test", m.higher_is_better)
+        for a, b in pairs
+        for m in report_metrics(settings)
+    ]
+    return {
+        "name": recipe,
+        "command": f"python benchmarks/{recipe}.py" + (" --quick" if quick else f" --seeds {seeds}"),
+        "quick": quick,
+        "settings": asdict(settings),
+        "versions": versions(),
+        "arms": [
+            {
+                "name": name,
+                "note": NOTES.get(name, ""),
+                "means": mean(scores[name]),
+                "by_seed": [s.means() for s in scores[name]],
+                "dials": [a.dials.to_dict() for a in group],
+                "evaluations": [a.evaluations for a in group],
+                "calls": [a.calls for a in group],
+                "validation": [a.validation for a in group],
+            }
+            for name, group in arms.items()
+        ],
+        "paired": [asdict(p) for p in paired],
+        "verdict": verdict(paired),
+    }
+
+
+def mean(scores: Sequence[Scores]) -> dict[str, float]:
+    return {name: float(np.mean([s.mean(name) for s in scores])) for name in scores[0].values}
+
+
+SHOWN = {
+    "editing": ["objective", "judge.objective", "judge.success_accuracy", "judge.kept_accuracy", "judge.identity",
+                "judge.realism", "truth.psnr", "truth.ssim"],
+    "generation": ["objective", "judge.objective", "judge.accuracy", "judge.alignment", "judge.realism",
+                   "judge.identity"],
+}  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Means by arm, then learned minus each arm with intervals, as README shows them."""
+    shown = SHOWN[result["name"]]
+
+    def number(metric: str, value: float) -> str:
+        return f"{value:.2f}" if metric == "truth.psnr" else f"{value:.3f}"
+
+    lines = ["| arm | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
+    for arm in result["arms"]:
+        lines.append(f"| {arm['name']} | " + " | ".join(number(m, arm["means"][m]) for m in shown) + " |")
+    lines += ["", "| difference, mean [95 % interval] | " + " | ".join(shown) + " | wins, p (objective) |",
+              "|---|" + "---|" * (len(shown) + 1)]  # fmt: skip
+    table = {(p["a"], p["b"], p["metric"]): Paired(**p) for p in result["paired"]}
+    for a, b in dict.fromkeys((p["a"], p["b"]) for p in result["paired"]):
+        cells = []
+        for m in shown:
+            p = table[a, b, m]
+            text = f"{p.mean:+.3f} [{p.low:+.3f}, {p.high:+.3f}]" if m != "truth.psnr" else (
+                f"{p.mean:+.2f} [{p.low:+.2f}, {p.high:+.2f}]")  # fmt: skip
+            cells.append(f"**{text}**" if p.low > 0 or p.high < 0 else text)
+        first = table[a, b, shown[0]]
+        lines.append(f"| {a} − {b} | " + " | ".join(cells) + f" | {first.win_rate:.0%}, {first.p:.2g} |")
+    first = result["paired"][0]
+    lines += ["", f"{first['cases']} test cases, {first['seeds']} search seeds; bold: the interval leaves out zero. "
+              f"`{result['command']}`"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def into_readme(name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
+    path = ROOT.parent / "README.md"
+    old = path.read_text()
+    between = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    new = re.sub(between, lambda m: m[1] + text + "\n" + m[2], old, flags=re.DOTALL)
+    if new != old:
+        write_text(path, new)
+
+
+def main(recipe: str) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under a minute: few cases and trials, own file")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-<recipe>)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    _quiet()
+    name = f"{recipe}-quick" if args.quick else recipe
+    folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
+    overrides = [*(QUICK if args.quick else FULL), *args.overrides]
+    result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick)
+    write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    print(markdown(result), *result["verdict"], sep="\n")
+    if not args.quick:
+        into_readme(recipe, markdown(result))

@@ -1,0 +1,227 @@
+"""Every probe against the truth, and its price: rank correlation with exact Shapley values over all 2^S subsets.
+
+`python benchmarks/probes.py [--quick] [--repeats 5]`. Two models: the embedded one, and a second U-Net of another
+architecture (three levels, the widest resolution without attention, two transformer blocks in the middle level),
+trained here for `--train` steps on the cases' own pictures in the embedded latent space, kept in the run folder. Each
+repeat has its own pictures; the oracle has others still, so a probe is judged on what it says of pictures that it has
+not seen. The student's variants are judged by a student's oracle (movement of the final latents), the others by
+movement of the raw output.
+
+Writes `benchmarks/results/probes.json`: rows (probe, model, noise_level, rho, low, high, calls), noise_level null for
+the mean over steps; `default`, the probe that wins on the worse of the two models among those that cost at most N (1
++ S) calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwopt.apply import Attachment
+from rwopt.backprop import task_reward
+from rwopt.cli import _quiet
+from rwopt.evaluation import interval
+from rwopt.files import write_text
+from rwopt.models import Model, load_model
+from rwopt.objectives import Composite
+from rwopt.probes import Importance, make_probe
+from rwopt.probes.shapley import every_subset, exact_shapley, skip_loss
+from rwopt.probes.teacher import Teacher
+from rwopt.sampling import timesteps
+from rwopt.search import versions
+from rwopt.sites import list_sites
+from rwopt.tasks import Dials, Task, make_task
+from rwopt.tasks.cases import load_cases
+from rwopt.tasks.editing import to_tensor
+
+ROOT = Path(__file__).resolve().parent
+DIALS = Dials(4.0)
+Inputs = tuple[Any, Any, list[int], Callable[[torch.Tensor], torch.Tensor]]
+
+# name -> (probe, options, which oracle)
+PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "voting (published)": ("voting", {}, "teacher"),
+    "voting (repaired)": ("voting", {"energy_guard": "fixed", "reversed": True, "teacher": "cached"}, "teacher"),
+    "ablation": ("ablation", {}, "teacher"),
+    "ablation .97": ("ablation", {"value": 0.97}, "teacher"),
+    "gram": ("gram", {}, "teacher"),
+    "gram, row sums": ("gram", {"score": "shapley"}, "teacher"),
+    "shapley, 2 orders": ("shapley", {"permutations": 2}, "teacher"),
+    "shapley, 4 orders": ("shapley", {"permutations": 4}, "teacher"),
+    "gradient norm": ("gradient_norm", {}, "teacher"),
+    "reward gradient": ("reward_gradient", {}, "teacher"),
+    "snr": ("snr", {"draws": 4}, "teacher"),
+}
+STUDENTS = {
+    "ablation, student": ("ablation", {"trajectory": "student"}, "student"),
+    "gram, row sums, student": ("gram", {"trajectory": "student", "score": "shapley"}, "student"),
+    "shapley, 2 orders, student": ("shapley", {"permutations": 2, "trajectory": "student"}, "student"),
+    "ablation (for the student)": ("ablation", {}, "student"),
+}
+
+
+def second_model(base: Model, folder: Path, steps: int) -> Model:
+    """Another U-Net around the embedded VAE and text encoder; trained once with v-prediction, then kept."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file, save_file
+
+    shape, config = base.latent_shape, base.unet.config
+    torch.manual_seed(7)
+    unet = UNet2DConditionModel(
+        sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 96, 128), transformer_layers_per_block=(1, 2, 1), attention_head_dim=4,
+        norm_num_groups=16, cross_attention_dim=config.cross_attention_dim,
+    )  # fmt: skip
+    model = Model("second", unet, base.vae, base.text_encoder, base.tokenizer, base.scheduler, base.device)
+    path = folder / f"second-{steps}.safetensors"
+    if path.exists():
+        unet.load_state_dict(load_file(path))
+    else:
+        fit(model, steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(unet.state_dict(), path)
+    unet.requires_grad_(False).eval().to(base.device)
+    return model
+
+
+def fit(model: Model, steps: int, batch: int = 32) -> None:
+    """Brief training on the train cases' true pictures: enough that sites differ, not enough for good pictures."""
+    cases = [c for c in load_cases("avatars", "train", "editing") if c.truth is not None]
+    pictures = to_tensor([c.truth for c in cases])
+    assert pictures is not None
+    latents, text = model.latents(pictures), model.encode([c.caption for c in cases])
+    abar = model.alphas_cumprod
+    optimizer = torch.optim.AdamW(model.unet.parameters(), 4e-4)
+    generator = torch.Generator().manual_seed(0)
+    model.unet.train()
+    for _ in range(steps):
+        rows = torch.randint(len(cases), (batch,), generator=generator)
+        t = torch.randint(len(abar), (batch,), generator=generator)
+        noise = torch.randn(batch, *model.latent_shape, generator=generator)
+        a, b = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
+        out = model.unet(a * latents[rows] + b * noise, t, encoder_hidden_states=text[rows]).sample
+        target = a * noise - b * latents[rows] if model.scheduler.config.prediction_type == "v_prediction" else noise
+        loss = (out - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"second model: loss {float(loss):.3f} after {steps} steps")
+
+
+def inputs(task: Task, rows: slice, attachment: Attachment) -> Inputs:
+    """Start noise, condition and timesteps of some cases, and their reward."""
+    x, cond, ts = task.inputs(attachment, DIALS, rows)
+    return x, cond, ts, task_reward(task, Composite({"scorer.alignment": 1.0, "scorer.realism": 1.0}), rows)
+
+
+@torch.no_grad()
+def oracle(model: Model, attachment: Attachment, given: Inputs, trajectory: str) -> np.ndarray:
+    """Exact Shapley values [K, S], mean over pictures."""
+    x, cond, ts, _ = given
+    predict, outputs = Teacher(model, attachment, x, cond, ts).view(trajectory)
+    return np.array([
+        exact_shapley(every_subset(skip_loss(predict, i, plain, len(x)), len(attachment.sites))).mean(1)
+        for i, plain in enumerate(outputs)
+    ])  # fmt: skip
+
+
+def measure(
+    model: Model, ids: list[str], probe: str, options: dict[str, Any], given: Inputs, seed: int
+) -> Importance:
+    x, cond, ts, reward = given
+    if probe in ("voting", "shapley", "snr"):
+        options = {**options, "seed": seed}
+    if probe == "reward_gradient":
+        options = {**options, "reward": reward}
+    made = make_probe(probe, **options)
+    with Attachment(model.unet, ids, made.mode) as attachment:
+        return made(model, attachment, x, cond, ts)
+
+
+def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> list[dict[str, Any]]:
+    """All probes on one model."""
+    cases = load_cases("avatars", "train", "generation", args.pictures * (args.repeats + 1))
+    task = make_task("generation", model, cases, args.steps, batch=len(cases), plain=DIALS)
+    ids = [s.id for s in list_sites(model.unet)][: args.sites]
+    with Attachment(model.unet, ids) as attachment:
+        parts = [
+            inputs(task, slice(i * args.pictures, (i + 1) * args.pictures), attachment) for i in range(args.repeats + 1)
+        ]
+        truth = {t: oracle(model, attachment, parts[-1], t) for t in {p[2] for p in probes.values()}}
+    sigmas = [model.sigma(t) for t in timesteps(model, args.steps)]
+    out = []
+    for name, (probe, options, judge) in probes.items():
+        found = [measure(model, ids, probe, options, given, seed) for seed, given in enumerate(parts[:-1])]
+        table = np.array([
+            [spearman(magnitude(probe, s), t) for s, t in zip(f.scores, truth[judge], strict=True)] for f in found
+        ])  # [repeats, K] # fmt: skip
+        for level, column in [*zip(sigmas, table.T, strict=True), (None, table.mean(1))]:
+            low, high = interval(column) if len(column) > 1 else (None, None)
+            out.append({"probe": name, "model": model.name, "noise_level": level, "rho": float(column.mean()),
+                        "low": low, "high": high, "calls": found[0].calls, "oracle": judge})  # fmt: skip
+        print(f"{model.name:8} {name:28} rho {out[-1]['rho']:+.2f}  calls {out[-1]['calls']}", flush=True)
+    return out
+
+
+def magnitude(probe: str, scores: np.ndarray) -> np.ndarray:
+    """A slope says which way to go; how much a site matters to it is its size."""
+    return np.abs(scores) if probe in ("reward_gradient", "snr") else scores
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    rho = float(spearmanr(a, b).statistic)
+    return rho if np.isfinite(rho) else 0.0  # all equal: says nothing
+
+
+def choose(rows: list[dict[str, Any]], budget: int) -> str:
+    """The probe with the best mean rho on its worse model, at no more than `budget` calls."""
+    means: dict[str, list[float]] = {}
+    for r in rows:
+        if r["noise_level"] is None and r["oracle"] == "teacher" and r["calls"] <= budget:
+            means.setdefault(r["probe"], []).append(r["rho"])
+    return max(means, key=lambda name: min(means[name]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under a minute: 2 steps, 2 pictures, 5 sites")
+    parser.add_argument("--repeats", type=int, default=5, help="independent sets of pictures a probe is run on")
+    parser.add_argument("--pictures", type=int, default=8, help="pictures of each set")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--sites", type=int, default=7, help="the first so many sites; the oracle takes 2^S calls")
+    parser.add_argument("--train", type=int, default=600, help="training steps of the second model")
+    parser.add_argument("--folder", type=Path, default=ROOT.parent / "lightning_logs" / "bench-probes")
+    args = parser.parse_args()
+    probes = {**PROBES, **STUDENTS}
+    if args.quick:
+        args.repeats, args.pictures, args.steps, args.train, args.sites = 2, 2, 2, 3, 5
+        probes = {k: (p, {**o, "rounds": 1, "epochs": 2} if p == "voting" else o, j) for k, (p, o, j) in PROBES.items()}
+    _quiet()
+    base = load_model(dtype="float32")
+    models = [base, second_model(base, args.folder, args.train)]
+    rows = [row for model in models for row in rows_of(model, args, probes)]
+    sites = {m.name: min(args.sites, len(list_sites(m.unet))) for m in models}
+    name = "probes-quick" if args.quick else "probes"
+    result = {
+        "name": "probes", "command": "python benchmarks/probes.py" + (" --quick" if args.quick else ""),
+        "quick": args.quick, "steps": args.steps, "pictures": args.pictures, "repeats": args.repeats, "sites": sites,
+        "second_model": f"UNet2DConditionModel (64, 96, 128), {args.train} training steps of 32 pictures",
+        "versions": versions(), "rows": rows,
+        "default": choose(rows, args.steps * (1 + min(sites.values()))),
+    }  # fmt: skip
+    write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    print("default:", result["default"])
+
+
+if __name__ == "__main__":
+    main()

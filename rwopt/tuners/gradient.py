@@ -1,0 +1,159 @@
+"""Tuning by gradients: reward of the final picture, back through the sampler, to the weight function's numbers.
+
+Fulfils the tuners' contract: the starts are scored first, then each proposal is theta after `updates` more steps of
+Adam from the best start, to be scored like any other tuner's candidate. Modes of the gradient: `rwopt.backprop.Path`.
+State is on disk after each call and after each update (`<study>/trials.json`, `<study>/last.ckpt`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rwopt.apply import Attachment
+from rwopt.backprop import Path, Reward, task_reward
+from rwopt.errors import UserError
+from rwopt.models import Model
+from rwopt.objectives import Composite
+from rwopt.sampling import Condition
+from rwopt.tasks import Dials, Task
+from rwopt.tuners import Candidate, Parameter, Trial
+from rwopt.tuners.table import Table
+from rwopt.weights import WeightFunction
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """updates: Adam steps between two proposals; each sees `accumulate` micro-batches of `batch` pictures.
+
+    rate: Adam's step in log-gain. clip: largest gradient norm. pull: weight of |theta - start|^2. devices: processes
+    (DDP over pictures); `accumulate` micro-batches are shared out, so give at least as many.
+    """
+
+    path: Path = field(default_factory=Path)
+    updates: int = 5
+    batch: int = 8
+    accumulate: int = 2
+    rate: float = 0.05
+    clip: float = 1.0
+    pull: float = 0.0
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch", "accumulate", "devices"):
+            if getattr(self, name) < 1:
+                raise UserError(f"tuner.{name}={getattr(self, name)} must be at least 1")
+        if self.accumulate < self.devices:
+            raise UserError(f"tuner.accumulate={self.accumulate} leaves some of {self.devices} devices without work")
+
+
+class Problem:
+    """What is to be raised: the objective of a task's pictures at fixed dials, as a function of the weights.
+
+    Noise is the task's own, one for each case: the same candidate gives the same reward.
+    """
+
+    def __init__(self, function: WeightFunction, task: Task, objective: Composite, dials: Dials) -> None:
+        self.function, self.task, self.objective, self.dials = function, task, objective, dials
+        self.model: Model = task.model
+        self.pictures, self.steps = len(task), task.steps
+        self._rewards: dict[int, Reward] = {}
+
+    def batch(self, attachment: Attachment, rows: slice) -> tuple[Tensor, Condition, list[int], Reward]:
+        """Where sampling starts for some of the pictures, and the reward of their final latents."""
+        if rows.start not in self._rewards:
+            self._rewards[rows.start] = task_reward(self.task, self.objective, rows)
+        return (*self.task.inputs(attachment, self.dials, rows), self._rewards[rows.start])
+
+    def values(self) -> dict[str, float]:
+        """The dials, as values of a candidate."""
+        return self.dials.to_dict()
+
+
+class GradientTuner:
+    """One study in `folder/<study>/`. `space` bounds theta (its other parameters, the dials, stay as they are).
+
+    A trial's `calls` count its scoring and the updates before it: forward passes, their re-run and the backward pass
+    as two, in batches of the size in which candidates are scored. Raises `UserError` without `lightning`, and if the
+    folder belongs to another `fingerprint`. `log` gets reward, gradient norm and calls after each update.
+    """
+
+    def __init__(
+        self,
+        study: str,
+        space: Sequence[Parameter],
+        problem: Problem,
+        folder: File,
+        seed: int = 0,
+        starts: Mapping[str, Mapping[str, float]] | None = None,
+        fingerprint: str = "",
+        options: GradientOptions = GradientOptions(),
+        log: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        self._ascent = _ascent()
+        self.problem, self.seed, self.options, self.log = problem, seed, options, log
+        self.names = problem.function.names
+        box = {p.name: (p.low, p.high) for p in space}
+        wide = [box.get(n, (-np.inf, np.inf)) for n in self.names]
+        self.bounds = np.array([low for low, _ in wide]), np.array([high for _, high in wide])
+        self.starts = dict(starts or {"plain": dict.fromkeys(self.names, 0.0)})
+        self.folder = folder / study
+        self.table = Table(self.folder / "trials.json", f"{fingerprint}/{seed}/{options}")
+
+    def propose(self) -> Candidate:
+        """The next start, or theta after the next `updates` steps (which are made now)."""
+        left = self.table.left_over()
+        if left is not None:
+            return left
+        tried = {r.origin for r in self.table.rows}
+        for name, point in self.starts.items():
+            if name not in tried:
+                theta = np.clip([point[n] for n in self.names], *self.bounds)
+                return self.table.add(self._values(theta), name)
+        done = [r for r in self.table.rows if r.origin == "gradient"]
+        target = (len(done) + 1) * self.options.updates
+        theta, calls = self._advance(target)
+        size = min(self.problem.pictures, getattr(getattr(self.problem, "task", None), "batch", self.problem.pictures))
+        spent = -(-calls // size) - sum(r.note["spent"] for r in done)
+        return self.table.add(self._values(theta), "gradient", spent, updates=target, spent=spent)
+
+    def observe(self, candidate: Candidate, score: float, calls: int = 0) -> None:
+        self.table.close(candidate.number, score, calls)
+
+    def trials(self) -> list[Trial]:
+        return self.table.trials()
+
+    def _advance(self, updates: int) -> tuple[np.ndarray, int]:
+        function, model = self.problem.function, self.problem.model
+        with Attachment(model.unet, function.sites, function.mode) as attachment:
+            module = self._ascent.Ascent(
+                self.problem, attachment, self._start(), self.bounds, self.options, self.seed
+            )
+            self._ascent.ascend(module, updates, self.folder, self.options.devices, self.log)
+        state = self._ascent.read(self.folder / "last.ckpt")
+        return state["theta"], state["calls"]
+
+    def _start(self) -> np.ndarray:
+        scored = [r for r in self.table.rows if r.origin in self.starts and r.score is not None]
+        if not scored:
+            raise UserError("no start has a finite score yet: score the starts first, or check objective.terms")
+        best = max(scored, key=lambda r: r.score or 0.0)
+        return np.array([best.values[n] for n in self.names])
+
+    def _values(self, theta: np.ndarray) -> dict[str, float]:
+        return {**self.problem.values(), **dict(zip(self.names, theta.tolist(), strict=True))}
+
+
+def _ascent() -> Any:
+    try:
+        import lightning  # noqa: F401
+    except ImportError:
+        raise UserError("tuner=gradient needs lightning: pip install 'rwopt[gradient]'") from None
+    from rwopt.tuners import ascent
+
+    return ascent

@@ -1,0 +1,271 @@
+"""Gradients through the sampler: equal to finite differences, zero where they must be, and resumed to the bit."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_unet
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from rwopt.apply import Attachment
+from rwopt.backprop import Path, Reward, select, unroll
+from rwopt.errors import UserError
+from rwopt.models import Model
+from rwopt.objectives import Batch
+from rwopt.sampling import Condition, sample
+from rwopt.sites import list_sites
+from rwopt.tuners import Parameter
+from rwopt.tuners.gradient import GradientOptions, GradientTuner, Problem
+from rwopt.weights import WeightFunction
+
+TS = [900, 600, 300]
+K, S = 3, 7
+
+
+def tiny_model(dtype: torch.dtype = torch.float32) -> Model:
+    unet = make_tiny_unet()
+    for site in list_sites(unet):  # branches of some size, so that weights move the picture
+        unet.get_submodule(site.path).proj_out.weight.mul_(4)
+    scheduler = DDIMScheduler(prediction_type="v_prediction")  # type: ignore[no-untyped-call]
+    return Model("tiny", unet.to(dtype), None, None, None, scheduler, torch.device("cpu"))
+
+
+class Toy(Problem):
+    """Latents to be brought near a target of each picture: no decoder, no judge."""
+
+    def __init__(self, model: Model, pictures: int = 4, group_by: str = "stage") -> None:
+        sites = list_sites(model.unet)
+        self.function = WeightFunction.build(sites, [model.sigma(t) for t in TS[::2]], group_by)
+        self.model, self.pictures, self.steps = model, pictures, len(TS)
+
+    def batch(self, attachment: Attachment, rows: slice) -> tuple[Tensor, Condition, list[int], Reward]:
+        parts = []
+        for i in range(rows.start, rows.stop):
+            g = torch.Generator().manual_seed(i)
+            parts.append([torch.randn(shape, generator=g) for shape in ((4, 8, 8), (5, 12), (4, 8, 8))])
+        x, text, target = (torch.stack(p) for p in zip(*parts, strict=True))
+        return x, Condition(text), TS, lambda z: -(z - target).square().flatten(1).sum(1)
+
+    def values(self) -> dict[str, float]:
+        return {"guidance": 1.0}
+
+
+def gradient(model: Model, path: Path, table: Tensor, offset: int = 0) -> Tensor:
+    """Of the summed reward with respect to a table [K, S]."""
+    table = table.clone().requires_grad_(True)
+    problem = Toy(model)
+    with Attachment(model.unet, problem.function.sites) as attachment:
+        x, cond, ts, reward = problem.batch(attachment, slice(0, 2))
+        row = {model.sigma(t): k for k, t in enumerate(ts)}
+        end = unroll(model, attachment, x, cond, ts, lambda sigma: table[row[sigma]], path, offset)
+        return torch.autograd.grad(reward(end).sum(), table)[0]
+
+
+def value(model: Model, table: Tensor) -> float:
+    problem = Toy(model)
+    with Attachment(model.unet, problem.function.sites) as attachment:
+        x, cond, ts, reward = problem.batch(attachment, slice(0, 2))
+        row = {model.sigma(t): k for k, t in enumerate(ts)}
+        return float(reward(sample(model, attachment, x, cond, ts, lambda sigma: table[row[sigma]]).double()).sum())
+
+
+TABLE = 1 + 0.2 * torch.randn(K, S, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_full_gradient_equals_finite_differences(inner: bool) -> None:
+    """Under checkpointing too: hooks that read shared state would see the last step's weights when steps are re-run."""
+    model = tiny_model(torch.float64)
+    if inner:
+        model.unet.enable_gradient_checkpointing()
+    exact, h = gradient(model, Path("full"), TABLE), 2e-2
+    for k, s in ((0, 1), (0, 5), (1, 3), (2, 6)):
+        shift = torch.zeros_like(TABLE)
+        shift[k, s] = h
+        near, far = (value(model, TABLE + c * shift) - value(model, TABLE - c * shift) for c in (1, 2))
+        slack = 2e-3 * float(exact.abs().max())
+        assert float(exact[k, s]) == pytest.approx((8 * near - far) / (12 * h), rel=2e-3, abs=slack)
+
+
+def test_each_mode_trains_the_rows_that_it_says() -> None:
+    model = tiny_model()
+    table = TABLE.float()
+    full = gradient(model, Path("full"), table)
+    truncated = gradient(model, Path("truncated", last=2), table)
+    assert (truncated[0] == 0).all()
+    torch.testing.assert_close(truncated[1:], full[1:])
+    detached = gradient(model, Path("detached"), table)
+    assert (detached.abs().amax(1) > 0).all()
+    torch.testing.assert_close(detached[-1], full[-1])  # no U-Net comes after the last step
+    assert not torch.allclose(detached[0], full[0], rtol=1e-3)
+    for offset, live in ((0, [0, 2]), (1, [1])):
+        subset = gradient(model, Path("detached", stride=2), table, offset)
+        torch.testing.assert_close(subset[live], detached[live])
+        assert (subset[[k for k in range(K) if k not in live]] == 0).all()
+
+
+@pytest.mark.parametrize("path", [Path("full"), Path("truncated", last=1), Path("detached", stride=2)])
+def test_the_forward_run_and_its_price(path: Path) -> None:
+    model = tiny_model()
+    problem = Toy(model)
+    with Attachment(model.unet, problem.function.sites) as attachment:
+        x, cond, ts, reward = problem.batch(attachment, slice(0, 1))
+        row = TABLE.float()[0].clone().requires_grad_(True)
+        end = unroll(model, attachment, x, cond, ts, lambda sigma: row, path)
+        assert torch.equal(end.detach(), sample(model, attachment, x, cond, ts, lambda sigma: row.detach()))
+        model.calls = len(ts)
+        reward(end).sum().backward()  # type: ignore[no-untyped-call]
+    trained = sum(path.trains(i, len(ts)) for i in range(len(ts)))
+    assert path.price(len(ts)) == model.calls + 2 * trained  # what was counted, and the backward pass as two
+
+
+# --- the tuner
+
+pytest.importorskip("lightning")
+
+
+Log = Callable[[dict[str, float]], None]
+
+
+def make(folder: File, log: Log | None = None, pictures: int = 4, **options: Any) -> GradientTuner:
+    problem = Toy(tiny_model(), pictures)
+    space = [Parameter("guidance", 1, 12)] + [Parameter(n, -0.7, 0.7) for n in problem.function.names]
+    kept = GradientOptions(**{"batch": 2, "updates": 2, "rate": 0.05, "clip": 1e9, **options})
+    return GradientTuner("g", space, problem, folder, seed=3, fingerprint="toy", options=kept, log=log)
+
+
+def score(t: GradientTuner, values: Any) -> float:
+    problem = t.problem
+    table = problem.function.schedule(np.array([values[n] for n in t.names]))
+    with Attachment(problem.model.unet, problem.function.sites) as attachment:
+        x, cond, ts, reward = problem.batch(attachment, slice(0, problem.pictures))
+        weights = lambda sigma: torch.from_numpy(table.at(sigma)).float()  # noqa: E731
+        return float(reward(sample(problem.model, attachment, x, cond, ts, weights)).mean())
+
+
+def run(t: GradientTuner, trials: int) -> list[Any]:
+    while len(t.trials()) < trials:
+        candidate = t.propose()
+        t.observe(candidate, score(t, candidate.values), 3)
+    return t.trials()
+
+
+@pytest.mark.parametrize("mode", ["full", "detached"])
+def test_overfitting_one_case_raises_its_reward(mode: str, tmp_path: File) -> None:
+    records: list[dict[str, float]] = []
+    t = make(tmp_path, records.append, pictures=1, path=Path(mode), batch=1, accumulate=1, updates=4)
+    trials = run(t, 3)
+    scores = [x.score for x in trials]
+    assert scores == sorted(scores)
+    assert scores[-1] > scores[0] + 2
+    assert [x.candidate.origin for x in trials] == ["plain", "gradient", "gradient"]
+    assert trials[0].candidate.values["guidance"] == 1
+    assert [x.calls for x in trials] == [3, 3 + 4 * 12, 3 + 4 * 12]  # 4 updates, each 3 steps of 4 calls
+    assert [r["update"] for r in records] == list(range(1, 9))
+    rows = [row for f in sorted((tmp_path / "g" / "csv").glob("*/metrics.csv")) for row in csv.DictReader(f.open())]
+    assert [float(row["update"]) for row in rows] == list(range(1, 9))
+    # the first record is the reward of the start, in the tuner's own words
+    assert records[0]["reward"] == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_accumulation_bounds_and_pull(tmp_path: File) -> None:
+    thetas = {}
+    for name, options in {"two": {"accumulate": 2}, "one": {"accumulate": 1, "batch": 4}}.items():
+        (_, after) = run(make(tmp_path / name, **options), 2)
+        thetas[name] = after.candidate.values
+    assert thetas["two"] == pytest.approx(thetas["one"], rel=1e-3)  # two halves of the cases, or all at once
+    (_, after) = run(make(tmp_path / "far", rate=5.0), 2)
+    assert max(abs(v) for n, v in after.candidate.values.items() if n != "guidance") == pytest.approx(0.7)
+    (_, held) = run(make(tmp_path / "held", pull=1e6, updates=4), 2)
+    (_, free) = run(make(tmp_path / "free", updates=4), 2)
+    size = [sum(abs(v) for n, v in x.candidate.values.items() if n != "guidance") for x in (held, free)]
+    assert size[0] < size[1]
+
+
+def test_stopped_and_resumed_is_the_same_to_the_bit(tmp_path: File) -> None:
+    whole = run(make(tmp_path / "whole"), 4)
+    for trials in (2, 3, 4):
+        parts = run(make(tmp_path / "parts"), trials)
+    assert parts == whole
+    with pytest.raises(UserError, match="another recipe"):
+        make(tmp_path / "parts", rate=0.1)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {here!r}]
+from test_gradient import make, run
+run(make(Path({folder!r}), lambda record: time.sleep(0.05), updates=200), 2)
+"""
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: File) -> None:
+    from rwopt.tuners import ascent
+
+    here = File(__file__).parent
+    folder = tmp_path / "killed"
+    code = CHILD.format(tests=str(here.parent), here=str(here), folder=str(folder))
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    deadline = time.time() + 300
+    while not (folder / "g" / "last.ckpt").exists():
+        assert child.poll() is None, child.stderr.read().decode()  # type: ignore[union-attr]
+        assert time.time() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    done = ascent.read(folder / "g" / "last.ckpt")["count"]
+    assert done >= 1
+    ends = []
+    for place in (folder, tmp_path / "whole"):
+        t = make(place, updates=200)
+        if place != folder:
+            run(t, 1)
+        ends.append(t._advance(done + 3)[0])
+    assert (ends[0] == ends[1]).all()
+
+
+def test_two_processes_do_the_work_of_one(tmp_path: File) -> None:
+    """DDP over pictures: each process takes half of the micro-batches, gradients are summed."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    torch.set_num_threads(1)  # a forked process must not inherit a pool of threads
+    one = run(make(tmp_path / "one", accumulate=2), 2)
+    two = run(make(tmp_path / "two", accumulate=2, devices=2), 2)
+    assert two[-1].candidate.values == pytest.approx(one[-1].candidate.values, rel=1e-5)
+    assert two[-1].calls == one[-1].calls
+
+
+def test_bad_options_are_refused(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="one of full"):
+        Path("half")
+    with pytest.raises(UserError, match="at least 1"):
+        Path("truncated", last=0)
+    with pytest.raises(UserError, match="at least 1"):
+        GradientOptions(batch=0)
+    with pytest.raises(UserError, match="without work"):
+        GradientOptions(accumulate=1, devices=2)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(UserError, match=r"rwopt\[gradient\]"):
+        make(tmp_path)
+
+
+def test_a_batch_is_cut_by_pictures() -> None:
+    batch = Batch(torch.zeros(3, 3, 1, 1), reference=torch.arange(3.0), hidden=[["a"], [], ["b"]])
+    part = select(batch, slice(1, 3))
+    assert part.reference is not None
+    assert part.reference.tolist() == [1, 2]
+    assert part.hidden == [[], ["b"]]
+    assert part.truth is None
