@@ -9,6 +9,8 @@ Names are loaded when first used, so that `import rwopt` imports no torch.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,5 +44,19 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     value = getattr(import_module(f"rwopt.{_HOME[name]}"), name)
-    globals()[name] = value  # also over the submodule of the same name (rwopt.apply): the function is the public one
+    globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """This package. `rwopt.apply` is the function, also after something has imported the submodule of that name.
+
+    The import system binds a submodule to its package once it is loaded; for public names that binding is left out.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -6,12 +6,14 @@ import os
 import tempfile
 from pathlib import Path
 
+TEMPORARY = ".tmp"
+
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write `data` to `path` (folders are made) so that a kill at any moment leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as out:
             out.write(data)
@@ -28,6 +30,12 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """`write_bytes` of UTF-8 text."""
     return write_bytes(path, text.encode())
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that killed writes left in `folder` itself (only while nobody writes there)."""
+    for path in Path(folder).glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def package_folder(name: str) -> Path:

@@ -48,6 +48,9 @@ _GROUPS: dict[str, Callable[[Site], str]] = {
     "all": lambda site: "all",
 }
 
+GROUPINGS = tuple(_GROUPS)
+"""What `group_sites` can group by."""
+
 
 def list_sites(unet: nn.Module, kinds: Sequence[str] = ("transformer",)) -> list[Site]:
     """All sites of `unet` of the given kinds in execution order; at one transformer in the order of `KINDS`.

@@ -1,4 +1,4 @@
-"""Draw every picture that training, judges and evaluation use. Run: `python training/draw.py` (about 6 minutes, 2 cores).
+"""Draw every picture that training, judges and evaluation use. Run: `python training/draw.py` (5 minutes, 2 cores).
 
 Writes `training/cache/pool_<name>.npz` (pictures uint8 [N, 2, 64, 64, 3]: a person and one edit of that person with the
 same pose; `values` int8 [N, 2, 10]) and the versioned cases in `data/avatars/`. Identities (attribute combinations,
@@ -79,8 +79,8 @@ def save_cases(split: str, edits: list[Pair], people: list[Pair], pictures: np.n
             }) + "\n")  # fmt: skip
         for i, (person, _, _, _) in enumerate(people):
             out.write(json.dumps({
-                "id": f"{split}-caption-{i:03d}", "task": "generation", "caption": caption(person), "hidden": hidden(person),
-                "target": person,
+                "id": f"{split}-caption-{i:03d}", "task": "generation", "caption": caption(person),
+                "hidden": hidden(person), "target": person,
             }) + "\n")  # fmt: skip
     sheet(pictures[:, 0], DATA / f"{split}_source.png")
     sheet(pictures[:, 1], DATA / f"{split}_truth.png")

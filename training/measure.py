@@ -11,14 +11,15 @@ import time
 
 import numpy as np
 import torch
-from common import MODEL, ROOT, load_pool, to_float, visible
 from diffusers import StableDiffusionPipeline
-from train_judges import accuracy
-from train_vae import psnr
-from world import NAMES
 
 from rwopt.models.judge import Judge
 from rwopt.tasks.cases import load_cases
+
+from common import MODEL, ROOT, load_pool, to_float, visible
+from train_judges import accuracy
+from train_vae import psnr
+from world import NAMES
 
 COLOURS = ("skin", "background", "clothing_color")
 GUIDANCE, STEPS = 4.0, 20

@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shipped", action="store_true", help="start from the shipped weights (with a fresh optimiser)")
+    parser.add_argument("--shipped", action="store_true", help="start from the shipped weights, fresh optimiser")
     args = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval()
     latents = cache_latents(vae)

@@ -1,0 +1,267 @@
+"""Arms of a comparison: dials and a schedule, found on train cases, chosen on validation cases, kept on disk.
+
+Every tuned arm goes through the same procedure with the same number of evaluations, whether it is the learned
+schedule, the best constant weights or the best guidance scale; only its box differs. A finished arm is one JSON file
+and is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwopt.config import DialSettings, Settings
+from rwopt.errors import UserError
+from rwopt.evaluation import HELD_OUT, OBJECTIVE, Scores, score
+from rwopt.files import write_text
+from rwopt.models import Model
+from rwopt.objectives import Composite, make_objective
+from rwopt.progress import Progress
+from rwopt.schedule import Schedule
+from rwopt.tasks import Dials, Task, make_task
+from rwopt.tasks.cases import Case, load_cases
+from rwopt.tuners import Parameter, Trial, top
+from rwopt.tuners.optuna import OptunaTuner
+from rwopt.weights import WeightFunction
+
+Point = Mapping[str, float]
+Decode = Callable[[Point], tuple[Dials, Schedule | None]]
+
+
+@dataclass
+class Arm:
+    """One way of making pictures and how it was found. Scores are means of the objective over the split's cases."""
+
+    name: str
+    dials: Dials
+    schedule: Schedule | None = None
+    train: float | None = None
+    validation: float | None = None
+    evaluations: int = 0
+    calls: int = 0  # U-Net calls (batches of pictures) spent to find it, with what it started from
+    values: dict[str, float] = field(default_factory=dict)  # the chosen point of the box
+    history: list[tuple[str, float]] = field(default_factory=list)  # (origin, score) of each trial
+    note: str = ""
+
+    def save(self, path: Path) -> None:
+        data = {**asdict(self), "dials": self.dials.to_dict(), "schedule": None}
+        if self.schedule is not None:
+            data["schedule"] = self.schedule.to_dict()
+        write_text(path, json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Arm:
+        data = json.loads(path.read_text())
+        data["dials"] = Dials(**data["dials"])
+        data["schedule"] = None if data["schedule"] is None else Schedule.from_dict(data["schedule"])
+        data["history"] = [(origin, value) for origin, value in data["history"]]
+        return cls(**data)
+
+
+def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
+    """The box of guidance scale and, for an edit, strength (on a grid of 0.05, so that inversions are shared)."""
+    low, high = dials.guidance_bounds
+    box = [Parameter("guidance", low, high, step=0.25)]
+    if task == "editing":
+        low, high = dials.strength_bounds
+        box.append(Parameter("strength", low, high, step=0.05))
+    return box
+
+
+def to_dials(point: Point, base: Dials) -> Dials:
+    return Dials(point.get("guidance", base.guidance), point.get("strength", base.strength))
+
+
+class Workshop:
+    """Model, tasks and objective of one recipe, with a folder in which arms are found and kept."""
+
+    def __init__(
+        self, settings: Settings, folder: Path, model: Model, progress: Progress, fingerprint: str = ""
+    ) -> None:
+        self.settings, self.folder, self.model, self.progress = settings, folder, model, progress
+        self.fingerprint = fingerprint
+        terms = settings.objective.terms
+        # the held-out twin takes the scorer's terms alone: others (source.ssim) have no second opinion
+        held_out = {n.replace("scorer.", "judge."): w for n, w in terms.items() if n.startswith("scorer.")}
+        self.composites = {OBJECTIVE: Composite(terms), HELD_OUT: Composite(held_out or terms)}
+        self.base = Dials(settings.dials.guidance, settings.dials.strength)
+        self.log: Callable[[dict[str, Any]], None] = lambda record: None
+        self._tasks: dict[str, Task] = {}
+        self._counted: dict[str, int] = {}  # trials of each study that the progress knows of
+
+    def cases(self, split: str) -> list[Case]:
+        """The recipe's cases of one split."""
+        wanted = self.settings.task
+        return load_cases(wanted.cases, split, wanted.name, getattr(wanted, split))
+
+    def prepare(self, cases: Sequence[Case]) -> Task:
+        """The recipe's task on some cases; each has the same start noise in whatever company."""
+        wanted = self.settings.task
+        return make_task(
+            wanted.name, self.model, cases, wanted.steps, wanted.draws, wanted.batch, wanted.method, self.base
+        )
+
+    def task(self, split: str) -> Task:
+        """The prepared task of one split, made when first asked for."""
+        if split not in self._tasks:
+            self._tasks[split] = self.prepare(self.cases(split))
+            self._check_needs(split)
+        return self._tasks[split]
+
+    def _check_needs(self, split: str) -> None:
+        """Everything that the table shows must be measurable, or a long search would fail at its last step."""
+        task, wanted = self._tasks[split], self.settings.objective
+        given = task.describe(torch.zeros(len(task), 3, 1, 1))
+        for name in (*wanted.terms, *wanted.report):
+            for need in sorted(make_objective(name).spec.needs):
+                if getattr(given, need) is None:
+                    raise UserError(f"objective {name} needs {need}, which {task.name} cases ({split}) do not give")
+
+    def value(self, split: str, dials: Dials, schedule: Schedule | None) -> float:
+        """Mean objective over the cases of `split`."""
+        task = self.task(split)
+        return score(task, task.images(dials, schedule), {OBJECTIVE: self.composites[OBJECTIVE]}).mean(OBJECTIVE)
+
+    def test(self, arm: Arm, metrics: Sequence[str], split: str = "test") -> Scores:
+        """Every metric of one arm on the cases of `split`; kept in `arms/<name>.<split>.json`."""
+        path = self.folder / "arms" / f"{arm.name}.{split}.json"
+        if path.exists():
+            return Scores.from_json(json.loads(path.read_text()))
+        task = self.task(split)
+        data = score(task, task.images(arm.dials, arm.schedule), self.composites, metrics).to_json()
+        write_text(path, json.dumps(data))
+        return Scores.from_json(data)  # as a later run reads them, to the last digit
+
+    def kept(self, name: str) -> Arm | None:
+        """A finished arm of an earlier, killed run."""
+        path = self.folder / "arms" / f"{name}.json"
+        return Arm.load(path) if path.exists() else None
+
+    def keep(self, arm: Arm) -> Arm:
+        arm.save(self.folder / "arms" / f"{arm.name}.json")
+        return arm
+
+    def fixed(self, name: str, schedule: Schedule | None = None, note: str = "") -> Arm:
+        """An arm with the recipe's own dials: nothing to tune."""
+        return self.kept(name) or self.keep(
+            Arm(name, self.base, schedule, validation=self.value("validation", self.base, schedule), note=note)
+        )
+
+    def tune(
+        self,
+        name: str,
+        space: Sequence[Parameter],
+        decode: Decode,
+        starts: Mapping[str, Point],
+        trials: int,
+        seed: int = 0,
+        study: str | None = None,
+        note: str = "",
+        spent: int = 0,
+    ) -> Arm:
+        """Search the box on train cases; the best `top_k` are scored on validation cases, and the winner is the arm.
+
+        `study` lets two arms share (and continue) one study; `spent` U-Net calls went into the starts. Resumes from
+        `study.db`.
+        """
+        study = study or name
+        done = self.kept(name)
+        if done is not None:
+            self._skip(name, study, trials)
+            return done
+        tuner = OptunaTuner(
+            study, space, f"sqlite:///{(self.folder / 'study.db').absolute()}", trials, seed,
+            self.settings.tuner.sampler, starts, self.fingerprint,
+        )  # fmt: skip
+        finished = tuner.trials()
+        self._skip(name, study, len(finished))
+        best, failures = -np.inf, 0
+
+        def record(trial: Trial) -> None:
+            nonlocal best
+            best = max(best, trial.score)
+            about = {"arm": name, "study": study, "trial": trial.candidate.number, "origin": trial.candidate.origin}
+            self.log({**about, "score": trial.score, "best": best})
+
+        for trial in finished:  # again, in case of a kill between the study and the log
+            record(trial)
+        while len(finished) < trials:
+            self.task("train")  # made first: its own calls are nobody's
+            candidate, before = tuner.propose(), self.model.calls
+            value = self.value("train", *decode(candidate.values))
+            calls = self.model.calls - before
+            tuner.observe(candidate, value, calls)
+            if not np.isfinite(value):
+                failures += 1
+                if failures > trials:
+                    raise UserError(f"arm {name}: {failures} candidates had no finite objective; check objective.terms")
+                continue
+            finished.append(Trial(candidate, value, calls))
+            record(finished[-1])
+            self._counted[study] += 1
+            self.progress.advance(name, best)
+        self.task("validation")
+        before = self.model.calls
+        ranked = top(finished, self.settings.tuner.top_k)
+        validated = [self.value("validation", *decode(t.candidate.values)) for t in ranked]
+        if not np.isfinite(validated).any():
+            raise UserError(f"arm {name} has no finite objective on validation cases; check objective.terms")
+        chosen = int(np.nanargmax(validated))
+        dials, schedule = decode(ranked[chosen].candidate.values)
+        calls = spent + sum(t.calls for t in finished) + self.model.calls - before
+        return self.keep(Arm(
+            name, dials, schedule, ranked[chosen].score, validated[chosen], len(finished), calls,
+            dict(ranked[chosen].candidate.values), [(t.candidate.origin, t.score) for t in finished], note,
+        ))  # fmt: skip
+
+    def _skip(self, name: str, study: str, trials: int) -> None:
+        """Tell the progress of trials that are there already, once each where arms share a study."""
+        known = self._counted.get(study, 0)
+        self._counted[study] = max(known, trials)
+        self.progress.skip(name, self._counted[study] - known)
+
+    def tune_dials(
+        self, name: str, schedule: Schedule | None, trials: int, starts: Mapping[str, Point], study: str | None = None,
+        note: str = "", spent: int = 0,
+    ) -> Arm:  # fmt: skip
+        """The best guidance (and strength) for a given schedule."""
+        space = dial_box(self.settings.task.name, self.settings.dials)
+        return self.tune(
+            name, space, lambda p: (to_dials(p, self.base), schedule), starts, trials,
+            self.settings.tuner.seed, study, note, spent,
+        )  # fmt: skip
+
+    def tune_weights(
+        self,
+        name: str,
+        function: WeightFunction,
+        centre: np.ndarray,
+        dials: Dials,
+        starts: Mapping[str, np.ndarray],
+        trials: int,
+        seed: int,
+        note: str = "",
+        spent: int = 0,
+    ) -> Arm:
+        """The best theta in `centre` +- radius (widened to hold theta = 0), and dials with it, from given starts."""
+        radius = self.settings.weights.radius
+        space = dial_box(self.settings.task.name, self.settings.dials) + [
+            Parameter(n, min(c - radius, 0.0), max(c + radius, 0.0))
+            for n, c in zip(function.names, centre.tolist(), strict=True)
+        ]
+
+        def decode(point: Point) -> tuple[Dials, Schedule]:
+            theta = np.array([point[n] for n in function.names])
+            return to_dials(point, self.base), function.schedule(theta)
+
+        points = {
+            origin: {**dials.to_dict(), **dict(zip(function.names, theta.tolist(), strict=True))}
+            for origin, theta in starts.items()
+        }
+        return self.tune(name, space, decode, points, trials, seed, note=note, spent=spent)

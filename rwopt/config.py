@@ -1,0 +1,284 @@
+"""The typed border: a recipe (YAML) and `key=value` overrides become these dataclasses, or one clear error.
+
+Composition is OmegaConf's: recipe over defaults, overrides over both. Unknown keys are refused with the nearest valid
+one, values are converted to the declared types, ranges are checked here. Nothing behind this module sees OmegaConf.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rwopt.errors import UserError
+from rwopt.files import package_folder
+from rwopt.probes import PROBES
+from rwopt.sites import GROUPINGS, KINDS
+from rwopt.tuners import SAMPLERS
+
+
+def _check(ok: bool, key: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UserError(f"{key}={value}: {remedy}")
+
+
+def _one_of(known: Sequence[str], key: str, value: str) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, 1, 0)
+        raise UserError(f"{key}={value}: did you mean {near[0]}? (one of {', '.join(known)})")
+
+
+@dataclass
+class ModelSettings:
+    """name: "avatars" (embedded) or a diffusers folder or hub id; dtype of the U-Net; device."""
+
+    name: str = "avatars"
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class TaskSettings:
+    """What is made: `steps` U-Net calls a picture; how many cases of each split; `draws` start noises a case."""
+
+    name: str = "editing"
+    method: str = "sdedit"
+    cases: str = "avatars"
+    steps: int = 6
+    draws: int = 1
+    batch: int = 64
+    train: int = 48
+    validation: int = 64
+    test: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "draws", "batch", "train", "validation", "test"):
+            _check(getattr(self, name) >= 1, f"task.{name}", getattr(self, name), "must be at least 1")
+        _one_of(("editing", "generation"), "task.name", self.name)
+        _one_of(("sdedit", "inversion"), "task.method", self.method)
+
+
+@dataclass
+class DialSettings:
+    """Guidance scale and edit strength: the defaults (the `plain` row) and the box in which they are tuned."""
+
+    guidance: float = 4.0
+    strength: float = 0.7
+    guidance_bounds: list[float] = field(default_factory=lambda: [1.0, 12.0])
+    strength_bounds: list[float] = field(default_factory=lambda: [0.3, 1.0])
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("guidance", 1.0, math.inf), ("strength", 0.05, 1.0)):
+            key, bounds, value = f"dials.{name}_bounds", getattr(self, f"{name}_bounds"), getattr(self, name)
+            limits = f"from {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            fits = len(bounds) == 2 and least <= bounds[0] < bounds[1] <= most and math.isfinite(bounds[1])
+            _check(fits, key, bounds, f"give two ascending numbers {limits}, [low, high]")
+            _check(least <= value <= most and math.isfinite(value), f"dials.{name}", value, f"give a number {limits}")
+
+
+@dataclass
+class WeightSettings:
+    """Where weights act (`kinds` of site), their groups, how many knots on ln sigma, how far a log-gain may go."""
+
+    kinds: list[str] = field(default_factory=lambda: ["self", "cross", "ff"])
+    group_by: str = "kind"
+    knots: int = 3
+    mode: str = "residual"
+    radius: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check(self.knots >= 1, "weights.knots", self.knots, "must be at least 1")
+        _check(0 < self.radius < math.inf, "weights.radius", self.radius, "must be above 0 and finite")
+        _one_of(("residual", "output"), "weights.mode", self.mode)
+        _check(bool(self.kinds), "weights.kinds", self.kinds, f"name at least one of {', '.join(KINDS)}")
+        for kind in self.kinds:
+            _one_of(KINDS, "weights.kinds", kind)
+        _one_of(GROUPINGS, "weights.group_by", self.group_by)
+
+
+@dataclass
+class ProbeSettings:
+    """The probe whose scores start the search: its name, how many train cases it sees, its own options."""
+
+    name: str = "ablation"
+    cases: int = 16
+    options: dict[str, Any] = field(default_factory=dict)
+    low: float = 0.95
+    high: float = 1.1
+
+    def __post_init__(self) -> None:
+        _one_of(tuple(PROBES), "probe.name", self.name)
+        _check(self.cases >= 1, "probe.cases", self.cases, "must be at least 1")
+        fits = 0 < self.low < self.high < math.inf
+        _check(fits, "probe.low", self.low, f"must lie between 0 and probe.high={self.high}")
+
+
+@dataclass
+class AnalyticSettings:
+    """The published baseline: voting probe (rounds x epochs) at transformer blocks, output mode, in [low, high]."""
+
+    cases: int = 8
+    rounds: int = 5
+    epochs: int = 12
+    low: float = 0.95
+    high: float = 1.1
+
+    def __post_init__(self) -> None:
+        for name in ("cases", "rounds", "epochs"):
+            _check(getattr(self, name) >= 1, f"analytic.{name}", getattr(self, name), "must be at least 1")
+        fits = 0 < self.low < self.high < math.inf
+        _check(fits, "analytic.low", self.low, f"must lie between 0 and analytic.high={self.high}")
+
+
+@dataclass
+class ObjectiveSettings:
+    """`terms`: what is optimised, a weighted geometric mean; `report`: what else is shown, {name: optimised?}."""
+
+    terms: dict[str, float] = field(default_factory=dict)
+    report: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass
+class TunerSettings:
+    """`trials` for each tuned arm; `control_trials` for the dials of a control; the best `top_k` see validation."""
+
+    sampler: str = "auto"
+    trials: int = 40
+    control_trials: int = 8
+    top_k: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of(SAMPLERS, "tuner.sampler", self.sampler)
+        for name in ("trials", "control_trials", "top_k"):
+            _check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
+
+
+@dataclass
+class TrackSettings:
+    """W&B: auto (online if a key is there, else offline), online, offline or off."""
+
+    wandb: str = "auto"
+    project: str = "rwopt"
+
+    def __post_init__(self) -> None:
+        _one_of(("auto", "online", "offline", "off"), "track.wandb", self.wandb)
+
+
+@dataclass
+class Settings:
+    """Everything a search depends on, but for where it runs."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
+    dials: DialSettings = field(default_factory=DialSettings)
+    weights: WeightSettings = field(default_factory=WeightSettings)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+    analytic: AnalyticSettings = field(default_factory=AnalyticSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    tuner: TunerSettings = field(default_factory=TunerSettings)
+    track: TrackSettings = field(default_factory=TrackSettings)
+
+
+def recipes() -> dict[str, tuple[Path, str]]:
+    """Recipes that ship with the package: name -> (file, first comment line)."""
+    out = {}
+    for path in sorted(package_folder("recipes").glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        out[path.stem] = (path, first.lstrip("# ").strip())
+    return out
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by name, or a path to one's own."""
+    known = recipes()
+    if name in known:
+        return known[name][0]
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in (".yaml", ".yml"):
+            raise UserError(f"recipe={name}: a recipe file's name ends in .yaml")
+        return path
+    near = difflib.get_close_matches(path.stem, list(known), 1, 0)
+    remedy = f"did you mean {near[0]}? (or the path of a .yaml file)" if near else "give the path of a .yaml file"
+    raise UserError(f"recipe={name} is neither a file nor one of {', '.join(known)}: {remedy}")
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a recipe with `key=value` overrides. Raises `UserError` for a key, type or range that is wrong."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = find_recipe(recipe)
+    where = str(path)
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(Settings), _known(OmegaConf.load(path), where))
+        for where in overrides:
+            config = OmegaConf.merge(config, _known(OmegaConf.create(_nested(where)), where))
+        where = str(path)
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{where}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # YAML syntax and encodings: the parsers' own classes
+        raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
+    assert isinstance(settings, Settings)
+    if not settings.objective.terms:
+        raise UserError(f"{path}: objective.terms is empty: name at least one objective")
+    return settings
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved recipe, which `load` reads again."""
+    from omegaconf import OmegaConf
+
+    return str(OmegaConf.to_yaml(OmegaConf.structured(settings)))
+
+
+def _nested(item: str) -> dict[str, Any]:
+    """An override as nested mappings. In a mapping of free names the rest is one name: objective.terms.judge.kept=2."""
+    from omegaconf import OmegaConf
+
+    key, sign, text = item.partition("=")
+    parts = key.split(".")
+    if not sign or not all(parts):
+        raise UserError(f"override {item!r} is not key=value, for example tuner.trials=80")
+    node: Any = Settings()
+    for depth, part in enumerate(parts):
+        if isinstance(node, dict):
+            parts[depth:] = [".".join(parts[depth:])]
+            break
+        node = getattr(node, part, None)
+    value: Any = text if isinstance(node, str) else OmegaConf.from_dotlist([f"value={text}"])["value"]
+    for part in reversed(parts):
+        value = {part: value}
+    return dict(value)
+
+
+def _known(config: Any, where: str) -> Any:
+    """The same config, after every key was found in the dataclasses."""
+
+    def walk(node: Any, schema: Any, prefix: str) -> None:
+        names = [f.name for f in fields(schema)]
+        for key in node:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, 1, 0)
+                raise UserError(f"{where}: key {prefix}{key} is unknown: did you mean {prefix}{near[0]}?")
+            default, child = getattr(schema(), str(key)), node[key]
+            if is_dataclass(default):
+                if not hasattr(child, "keys"):
+                    example = f"{prefix}{key}.{fields(default)[0].name}"
+                    raise UserError(f"{where}: {prefix}{key} is a group: set one of its keys, as {example}=...")
+                walk(child, type(default), f"{prefix}{key}.")
+            elif isinstance(default, str) and isinstance(child, bool):
+                node[key] = "on" if child else "off"  # what YAML takes for a boolean was meant as a word
+
+    if config is None or not hasattr(config, "keys"):
+        raise UserError(f"{where}: a recipe is a mapping of keys to values")
+    walk(config, Settings, "")
+    return config

@@ -1,0 +1,405 @@
+"""The main job: probe, analytic baseline and controls, search, validation, one look at test cases, report.
+
+Each stage leaves its result in the run folder and is skipped if it is there, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwopt import baselines
+from rwopt.apply import Attachment
+from rwopt.arms import Arm, Workshop, dial_box
+from rwopt.config import Settings, to_yaml
+from rwopt.errors import UserError
+from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
+from rwopt.files import sweep, write_text
+from rwopt.models import load_model
+from rwopt.objectives import make_objective
+from rwopt.probes import Importance, make_probe
+from rwopt.progress import Progress
+from rwopt.report import (
+    Report,
+    image_grid,
+    importance_heatmap,
+    schedule_heatmap,
+    search_history,
+    write_html,
+)
+from rwopt.results import Arm as Row
+from rwopt.results import Metric, Paired
+from rwopt.sampling import timesteps
+from rwopt.schedule import Schedule, noise_block
+from rwopt.sites import group_sites, list_sites
+from rwopt.tasks.cases import SPLITS
+from rwopt.tracking import FanOut, open_tracker, wandb_mode
+from rwopt.weights import WeightFunction
+
+CONTROLS = ("gradient norm", "uniform mean", "reversed", "permuted sites", "permuted steps")
+NOTES = {
+    "plain": "no schedule, the recipe's own dials",
+    "best guidance": "no schedule, tuned dials",
+    "analytic": "published voted schedule, tuned dials",
+    "gradient norm": "published closed form from gradient norms, tuned dials",
+    "uniform mean": "one weight: the analytic schedule's mean",
+    "reversed": "the analytic schedule mirrored at each step",
+    "permuted sites": "the analytic schedule, blocks exchanged",
+    "permuted steps": "the analytic schedule, steps exchanged",
+    "constant": "learned weights that do not change with noise",
+    "learned": "learned weights over noise and sites",
+}
+
+
+class Search:
+    """One run in one folder. `run()` does everything; benchmarks call the stages one by one."""
+
+    def __init__(self, settings: Settings, folder: Path, progress: Progress) -> None:
+        self.settings, self.folder = settings, folder
+        if settings.track.wandb == "online":
+            wandb_mode("online")  # a missing key is told before anything is done
+        text = to_yaml(settings)
+        fingerprint = hashlib.sha256(to_yaml(replace(settings, track=type(settings.track)())).encode()).hexdigest()
+        stored = folder / "recipe.yaml"
+        if stored.exists() and stored.read_text() != text:
+            raise UserError(f"{stored} differs from this recipe: resume without overrides, or use a new folder")
+        model = load_model(settings.model.name, settings.model.device, settings.model.dtype)
+        self.shop = Workshop(settings, folder, model, progress, fingerprint)
+        self.progress = progress
+        self._check()
+        for place in (folder, folder / "arms"):
+            sweep(place)
+        if not stored.exists():
+            write_text(stored, text)
+
+    def _check(self) -> None:
+        """What the typed border cannot know: names and ranges that depend on the model and the cases."""
+        settings, unet = self.settings, self.shop.model.unet
+        report_metrics(settings)
+        make_probe(settings.probe.name, **settings.probe.options)
+        list_sites(unet, settings.weights.kinds)
+        least = settings.dials.strength_bounds[0] if settings.task.name == "editing" else 1.0
+        timesteps(self.shop.model, settings.task.steps, least)
+        for split in SPLITS:
+            self.shop.cases(split)
+
+    @property
+    def evaluations(self) -> int:
+        """Candidate evaluations of a whole run, for the progress bar."""
+        tuner = self.settings.tuner
+        # dials; best guidance, which goes on from the dials' trials with as many again; analytic; constant; learned
+        return 5 * tuner.trials + len(CONTROLS) * tuner.control_trials
+
+    # stages
+
+    def probe(self, name: str, file: str, ids: Sequence[str], cases: int, mode: str, **options: object) -> Importance:
+        """Run a probe at some sites on the first train cases, with the recipe's dials."""
+        path = self.folder / file
+        if path.exists():
+            return Importance.load(path)
+        probe = make_probe(name, **options)
+        task = self.shop.task("train")
+        with Attachment(self.shop.model.unet, ids, mode) as attachment:
+            x, cond, ts = task.inputs(attachment, self.shop.base, slice(0, cases))
+            importance = probe(self.shop.model, attachment, x, cond, ts)
+        importance.save(path)
+        return importance
+
+    def importance(self) -> Importance:
+        """The probe that starts the search, at the sites where the weights will act."""
+        wanted = self.settings.probe
+        ids = [s.id for s in list_sites(self.shop.model.unet, self.settings.weights.kinds)]
+        mode = make_probe(wanted.name, **wanted.options).mode
+        return self.probe(wanted.name, "importance.json", ids, wanted.cases, mode, **wanted.options)
+
+    def guidance(self) -> Arm:
+        """Tuned dials without a schedule; every other tuned arm starts from them."""
+        dials = self.shop.base.to_dict()
+        return self.shop.tune_dials("dials", None, self.settings.tuner.trials, {"recipe": dials}, study="guidance")
+
+    def best_guidance(self, start: Arm) -> Arm:
+        """The same study with twice the evaluations: what a learned arm gets, its start included."""
+        trials = 2 * self.settings.tuner.trials
+        return self.shop.tune_dials(
+            "best guidance", None, trials, {"recipe": start.dials.to_dict()}, "guidance", NOTES["best guidance"]
+        )
+
+    def published(self) -> dict[str, Schedule]:
+        """The paper's schedules at this task's noise levels, and their controls."""
+        wanted, unet = self.settings.analytic, self.shop.model.unet
+        sites = list_sites(unet)
+        ids = [s.id for s in sites]
+        votes = self.probe(
+            "voting", "votes.json", ids, wanted.cases, "output",
+            rounds=wanted.rounds, epochs=wanted.epochs, teacher="cached",
+        )  # fmt: skip
+        norms = self.probe("gradient_norm", "gradient_norms.json", ids, min(4, wanted.cases), "output")
+        voted = baselines.voted_schedule(votes, wanted.low, wanted.high)
+        return {
+            "analytic": voted,
+            "gradient norm": baselines.gradient_norm_schedule(norms),
+            "uniform mean": baselines.uniform_mean(voted),
+            "reversed": baselines.reversed_schedule(voted),
+            "permuted sites": baselines.permuted_sites(voted, 0, group_sites(sites, "block")),
+            "permuted steps": baselines.permuted_steps(voted, 0),
+        }
+
+    def price(self, name: str) -> int:
+        """U-Net calls of the probe behind a published schedule or control."""
+        return Importance.load(self.folder / ("gradient_norms.json" if name == "gradient norm" else "votes.json")).calls
+
+    def functions(self) -> tuple[WeightFunction, WeightFunction]:
+        """The weight function of the recipe, and the same with one knot (constant over noise)."""
+        wanted = self.settings.weights
+        sites = list_sites(self.shop.model.unet, wanted.kinds)
+        strength = self.shop.base.strength if self.settings.task.name == "editing" else 1.0
+        ts = timesteps(self.shop.model, self.settings.task.steps, strength)
+        first, last = np.log(self.shop.model.sigma(ts[0])), np.log(self.shop.model.sigma(ts[-1]))
+        middle = float(np.exp((first + last) / 2))
+        knots = [middle] if wanted.knots == 1 else np.exp(np.linspace(first, last, wanted.knots)).tolist()
+        return (
+            WeightFunction.build(sites, knots, wanted.group_by, wanted.mode),
+            WeightFunction.build(sites, [middle], wanted.group_by, wanted.mode),
+        )
+
+    def learn(
+        self, dials: Arm, importance: Importance, seed: int, name: str = "learned", constant: bool = False
+    ) -> Arm:
+        """The learned arm, or its constant control: the same box, starts and number of evaluations."""
+        function = self.functions()[1 if constant else 0]
+        start = function.fit(
+            baselines.ranked_schedule(importance, self.settings.probe.low, self.settings.probe.high)
+        )
+        return self.shop.tune_weights(
+            name, function, start, dials.dials,
+            {"plain": np.zeros(function.dimension), "probe": start},
+            self.settings.tuner.trials, seed, NOTES["constant" if constant else "learned"],
+            spent=dials.calls + importance.calls,
+        )  # fmt: skip
+
+    def describe(self, arm: Arm, command: str) -> Schedule:
+        """The arm's schedule with everything that another machine must know."""
+        assert arm.schedule is not None
+        shop, task = self.shop, self.settings.task
+        return replace(
+            arm.schedule,
+            model=shop.model.card(),
+            noise=noise_block(shop.model.scheduler),
+            calibrated={
+                "task": task.name,
+                **({"method": task.method} if task.name == "editing" else {}),
+                "num_inference_steps": task.steps,
+                "scheduler": {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "eta": 0.0},
+                "guidance_scale": arm.dials.guidance,
+                **({"strength": arm.dials.strength} if task.name == "editing" else {}),
+                "resolution": [int(n) for n in shop.task("train").references.shape[-2:]],  # type: ignore[union-attr]
+            },
+            provenance={
+                "rwopt": version("rwopt"),
+                "command": command,
+                "objective": dict(self.settings.objective.terms),
+                "seed": self.settings.tuner.seed,
+                "evaluations": arm.evaluations,
+                "calls": arm.calls,
+                "validation": arm.validation,
+            },
+        )
+
+    # the whole way
+
+    def run(self, command: str) -> Report:
+        """All stages. Leaves the report, pictures, schedule and records in the folder."""
+        words = [word.removeprefix("recipe=") for word in shlex.split(command) if word.startswith("recipe=")]
+        recipe = Path(words[-1]).stem if words else "own"
+        tracker = open_tracker(
+            self.folder, self.settings.track.wandb, self.settings.track.project, config=asdict(self.settings)
+        )
+        with tracker:
+            self._log_once(tracker)
+            self.progress.start(self.evaluations)
+            dials = self.guidance()
+            importance = self.importance()
+            arms = [self.shop.fixed("plain", note=NOTES["plain"]), self.best_guidance(dials)]
+            starts = {"guidance": dials.dials.to_dict(), "recipe": self.shop.base.to_dict()}
+            for name, schedule in self.published().items():
+                trials = self.settings.tuner.trials if name == "analytic" else self.settings.tuner.control_trials
+                spent = dials.calls + self.price(name)
+                arms.append(self.shop.tune_dials(name, schedule, trials, starts, note=NOTES[name], spent=spent))
+            arms.append(self.learn(dials, importance, self.settings.tuner.seed, "constant", constant=True))
+            arms.append(self.learn(dials, importance, self.settings.tuner.seed))
+            path = self.folder / "schedule.json"
+            if not path.exists():
+                self.describe(arms[-1], command).save(path)
+            report = self.report(arms, recipe, command)
+            self._publish(report, arms, Schedule.load(path), importance, tracker)
+        return report
+
+    def _log_once(self, tracker: FanOut) -> None:
+        """Send each trial to the tracker once, also when a resumed run tells it again."""
+        seen = {(r.get("study"), r.get("trial")) for r in tracker.read("log")}
+
+        def log(record: dict[str, Any]) -> None:
+            key = (record["study"], record["trial"])
+            if key not in seen:
+                seen.add(key)
+                tracker.log(record)
+
+        self.shop.log = log
+
+    def report(self, arms: Sequence[Arm], recipe: str, command: str) -> Report:
+        """The one look at the test cases."""
+        columns = report_metrics(self.settings)
+        names = list(self.settings.objective.report)
+        self.progress.advance("test", None, 0)
+        scores = {arm.name: self.shop.test(arm, names) for arm in arms}
+        pairs = [("learned", other) for other in scores if other != "learned"]
+        pairs += [("learned", "analytic"), ("constant", "best guidance")]
+        paired = [
+            compare([scores[a]], [scores[b]], m.name, (a, b), m.optimised, "test", m.higher_is_better)
+            for a, b in dict.fromkeys(pairs)
+            for m in columns
+        ]
+        rows = [Row(a.name, scores[a.name].means(), a.calls, f"{a.note}; {dial_text(a, self.settings)}") for a in arms]
+        return Report(
+            title=f"rwopt search: {recipe}",
+            recipe=recipe,
+            task=self.settings.task.name,
+            metrics=columns,
+            arms=rows,
+            paired=paired,
+            split="test",
+            cases=self.settings.task.test,
+            settings=asdict(self.settings),
+            versions=versions(),
+            command=command,
+            verdict=verdict(paired),
+        )
+
+    def _publish(
+        self, report: Report, arms: Sequence[Arm], schedule: Schedule, importance: Importance, tracker: FanOut
+    ) -> None:
+        folder, by_name = self.folder, {a.name: a for a in arms}
+        schedule_heatmap(schedule, folder / "schedule.png")
+        importance_heatmap(importance, folder / "probe.png")
+        history = by_name["learned"].history
+        marks = {origin: i for i, (origin, _) in reversed(list(enumerate(history))) if origin != "sampler"}
+        search_history([value for _, value in history], folder / "history.png", starts=marks)
+        if not (folder / "grid.png").exists():
+            self.grid(by_name, folder / "grid.png")
+        write_html(report, folder)
+        for name in ("schedule", "probe", "history", "grid"):
+            tracker.image(name, folder / f"{name}.png")
+        tracker.artifact(folder / "schedule.json", "schedule", "schedule", dict(schedule.calibrated))
+        tracker.summary({f"{row.name}/{k}": v for row in report.arms for k, v in row.means.items()})
+
+    def grid(self, arms: dict[str, Arm], path: Path, rows: int = 8) -> None:
+        """Cases of the test split: source, plain, best guidance, analytic, learned, truth."""
+        cases = self.shop.cases("test")
+        chosen = cases[:: max(1, len(cases) // rows)]
+        if self.settings.task.name == "editing":  # one of each kind of edit first
+            first = {c.kind: c for c in reversed(cases)}
+            chosen = [*first.values(), *(c for c in chosen if c not in first.values())]
+        task = self.shop.prepare(chosen[:rows])
+
+        def pictures(images: torch.Tensor) -> list[np.ndarray]:
+            rows = images[:: self.settings.task.draws]
+            return list((rows * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+        columns: dict[str, list[np.ndarray]] = {}
+        if self.settings.task.name == "editing" and task.references is not None:
+            columns["source"] = pictures(task.references)
+        for name in ("plain", "best guidance", "analytic", "learned"):
+            columns[name] = pictures(task.images(arms[name].dials, arms[name].schedule))
+        truth = task.describe(torch.zeros(len(task), 3, 1, 1)).truth
+        if truth is not None:
+            columns["truth"] = pictures(truth)
+        captions = [
+            ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in c.change.items()) or c.caption for c in chosen[:rows]
+        ]
+        image_grid(columns, path, captions)
+
+
+def report_metrics(settings: Settings) -> list[Metric]:
+    """The optimised objective, the same by the held-out judge, and the recipe's own columns."""
+    columns = [Metric(OBJECTIVE, True), Metric(HELD_OUT, False)]
+    for name, optimised in settings.objective.report.items():
+        spec = make_objective(name).spec
+        decibels = spec.higher_is_better and spec.range[1] > 1
+        columns.append(Metric(name, optimised, spec.higher_is_better, ".2f" if decibels else ".3f"))
+    return columns
+
+
+def headline(settings: Settings) -> list[str]:
+    """The two metrics whose paired differences the terminal shows; the page has them all."""
+    return [m.name for m in report_metrics(settings) if m.name in (OBJECTIVE, HELD_OUT)]
+
+
+def explain(settings: Settings) -> str:
+    """What the two headline metrics are, for somebody who did not write the recipe."""
+    terms = ", ".join(n if w == 1 else f"{n} (weight {w:g})" for n, w in settings.objective.terms.items())
+    return (
+        f"{OBJECTIVE}: what the search saw, the geometric mean of {terms}. "
+        f"{HELD_OUT}: the same from a judge that it never saw."
+    )
+
+
+def dial_text(arm: Arm, settings: Settings) -> str:
+    names = [p.name for p in dial_box(settings.task.name, settings.dials)]
+    return ", ".join(f"{n} {arm.dials.to_dict()[n]:g}" for n in names)
+
+
+def verdict(paired: Sequence[Paired]) -> list[str]:
+    """Plain sentences: learned against analytic, what weights add, what time adds; ties are called ties."""
+
+    def said(a: str, b: str, question: str) -> str:
+        row = next(p for p in paired if (p.a, p.b, p.metric) == (a, b, OBJECTIVE))
+        held = [p for p in paired if (p.a, p.b) == (a, b) and not p.optimised]
+        ups = [p.metric for p in held if better(p) > 0]
+        downs = [p.metric for p in held if better(p) < 0]
+        moved = [f"better on {', '.join(ups)}"] * bool(ups) + [f"worse on {', '.join(downs)}"] * bool(downs)
+        same = len(held) - len(ups) - len(downs)
+        moved += [f"no clear difference on {same if moved else f'any of {same}'}"] * bool(same)
+        word = {1: "better", 0: "no clear difference", -1: "worse"}[better(row)]
+        p = "< 0.001" if row.p < 0.001 else f"= {row.p:.2g}"
+        return (
+            f"{question}: {word} on the objective, {row.mean:+.4f} (95 % interval {row.low:+.4f} to {row.high:+.4f}; "
+            f"wins {row.win_rate:.0%} of {row.cases} cases, p {p}). Held out: {'; '.join(moved)}."
+        )
+
+    return [
+        said("learned", "analytic", "Learned against the published analytic schedule"),
+        said("learned", "best guidance", "Learned against tuned guidance without weights"),
+        said("learned", "constant", "Learned against constant weights (what time dependence adds)"),
+    ]
+
+
+def better(row: Paired) -> int:
+    """+1 where a is better with its interval off zero, -1 where it is worse, else 0 (with regard to the direction)."""
+    up = row.metric in (OBJECTIVE, HELD_OUT) or make_objective(row.metric).spec.higher_is_better
+    sign = 1 if up else -1
+    if row.low > 0:
+        return sign
+    return -sign if row.high < 0 else 0
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    packages = ("rwopt", "torch", "diffusers", "transformers", "optuna", "numpy", "wandb")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+

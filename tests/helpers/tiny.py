@@ -1,0 +1,136 @@
+"""A whole search in seconds: a random Stable Diffusion of the embedded model's kind, a few kilobytes, and few cases."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwopt.arms import Arm
+from rwopt.models import EMBEDDED
+
+TRIALS, CONTROL_TRIALS = 3, 1
+SETTINGS = ["task.train=3", "task.validation=3", "task.test=5", f"tuner.trials={TRIALS}", "tuner.sampler=random",
+            f"tuner.control_trials={CONTROL_TRIALS}", "task.steps=2", "analytic.rounds=1", "analytic.epochs=1",
+            "analytic.cases=2", "probe.cases=2", "track.wandb=off", "model.dtype=float32"]  # fmt: skip
+CONTROLS = ("gradient norm", "uniform mean", "reversed", "permuted sites", "permuted steps")
+STUDIES = {"guidance": 2 * TRIALS, "analytic": TRIALS, **dict.fromkeys(CONTROLS, CONTROL_TRIALS),
+           "constant": TRIALS, "learned": TRIALS}  # fmt: skip
+"""Scored trials that a finished search leaves in each study."""
+
+
+def save_tiny_pipeline(folder: Path) -> Path:
+    """A seeded random pipeline for 64 x 64 pictures in the diffusers layout; tokenizer and scheduler are embedded."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 4, sample_size=64, mid_block_add_attention=False,
+    )  # fmt: skip
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+    ))  # fmt: skip
+    scheduler = DDIMScheduler.from_pretrained(EMBEDDED / "scheduler")
+    StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+def rwopt(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
+    environment = {**os.environ, "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rwopt.cli", *map(str, arguments)], text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,  # type: ignore[call-overload]
+    )  # fmt: skip
+
+
+def scored_trials(folder: Path) -> dict[str, int]:
+    """Scored trials of each study in a run folder, read without Optuna."""
+    query = """select study_name, count(*) from studies join trials using (study_id)
+               where state = 'COMPLETE' group by study_name"""
+    with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True) as database:
+        return dict(database.execute(query).fetchall())
+
+
+def check_files(folder: Path) -> int:
+    """Raise unless every file that a (killed) run left is whole; the number of files that were read."""
+    count = 0
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.name.startswith("."):  # a killed write leaves a hidden temporary file at most
+            continue
+        count += 1
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+            if path.parent.name == "arms" and path.suffixes == [".json"]:
+                Arm.load(path)
+        elif path.suffix == ".jsonl":
+            *whole, last = path.read_text().split("\n")
+            for line in whole:
+                json.loads(line)
+            if last:  # one torn line at the end is mended when the file is opened again
+                path.read_text().index("\n")
+        elif path.suffix == ".png":
+            assert path.read_bytes().endswith(b"IEND\xaeB`\x82"), path
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>"), path
+        elif path.suffix in (".yaml", ".txt"):
+            assert path.read_text().endswith("\n"), path
+    return count
+
+
+def killed_search(
+    folder: Path, settings: Sequence[str], kills: int, seed: int, within: float
+) -> dict[str, object]:
+    """Start a search, kill it `kills` times at random moments (up to `within` seconds of work), then let it finish.
+
+    Times count from the first line that a run adds to its record: before, it only loads the model. All files are
+    checked after each kill. Returns what was seen; raises AssertionError if a run fails or a file is not whole.
+    """
+    record = folder / "metrics.jsonl"
+    rng, seen = random.Random(seed), []
+    while len(seen) < kills:
+        before = record.stat().st_size if record.exists() else 0
+        process = rwopt(*_arguments(folder, settings))
+        while process.poll() is None and not (record.exists() and record.stat().st_size > before):
+            time.sleep(0.02)
+        moment = rng.uniform(0, within)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        trials = scored_trials(folder) if (folder / "study.db").exists() else {}
+        seen.append({
+            "seconds": round(moment, 2), "killed": process.returncode != 0, "files": check_files(folder),
+            "scored_trials": sum(trials.values()),
+        })  # fmt: skip
+    process = rwopt(*_arguments(folder, settings))
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return {"kills": seen, "files": check_files(folder), "trials": scored_trials(folder), "output": output}
+
+
+def _arguments(folder: Path, settings: Sequence[str]) -> list[str]:
+    if (folder / "recipe.yaml").exists():
+        return ["search", f"resume={folder}"]
+    return ["search", *settings, "--out", str(folder)]
