@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,15 @@ def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
         low, high = dials.strength_bounds
         box.append(Parameter("strength", low, high, step=0.05))
     return box
+
+
+def near(parameter: Parameter, centre: float, share: float = 0.15) -> Parameter:
+    """The part of a dial's range within `share` of its width around `centre`.
+
+    Over the whole range, most candidates lose by their dials alone and say nothing of their weights.
+    """
+    reach = share * (parameter.high - parameter.low)
+    return replace(parameter, low=parameter.clip(centre - reach), high=parameter.clip(centre + reach))
 
 
 def to_dials(point: Point, base: Dials) -> Dials:
@@ -249,9 +258,10 @@ class Workshop:
         note: str = "",
         spent: int = 0,
     ) -> Arm:
-        """The best theta in `centre` +- radius (widened to hold theta = 0), and dials with it, from given starts."""
+        """The best theta in `centre` +- radius (widened to hold theta = 0), with dials near the tuned ones."""
         radius = self.settings.weights.radius
-        space = dial_box(self.settings.task.name, self.settings.dials) + [
+        box = dial_box(self.settings.task.name, self.settings.dials)
+        space = [near(p, dials.to_dict()[p.name]) for p in box] + [
             Parameter(n, min(c - radius, 0.0), max(c + radius, 0.0))
             for n, c in zip(function.names, centre.tolist(), strict=True)
         ]

@@ -87,7 +87,7 @@ class WeightSettings:
     group_by: str = "kind"
     knots: int = 3
     mode: str = "residual"
-    radius: float = 0.8
+    radius: float = 0.4
 
     def __post_init__(self) -> None:
         _check(self.knots >= 1, "weights.knots", self.knots, "must be at least 1")
