@@ -48,7 +48,8 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
         arms: dict[str, list[Arm]] = {"plain": [shop.fixed("plain")], "best guidance": [search.best_guidance(dials)]}
         for name, schedule in search.published().items():
             count = trials if name == "analytic" else settings.tuner.control_trials
-            arms[name] = [shop.tune_dials(name, schedule, count, starts)]
+            spent = dials.calls + search.price(name)
+            arms[name] = [shop.tune_dials(name, schedule, count, starts, spent=spent)]
         for name in SEEDED:
             arms[name] = [
                 search.learn(dials, importance, seed, f"{name} {seed}", constant=name == "constant")

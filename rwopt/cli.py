@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -267,8 +267,16 @@ def _edit(args: argparse.Namespace) -> None:
     print(pictures(args, case))
 
 
+def _text(value: object) -> str:
+    """Mappings as "key value, key (nested)", numbers without noise."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} ({_text(v)})" if isinstance(v, Mapping) else f"{k} {_text(v)}" for k, v in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _show(args: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from rwopt.schedule import Schedule
@@ -276,8 +284,8 @@ def _show(args: argparse.Namespace) -> None:
     schedule = Schedule.load(args.schedule)
     console = Console()
     for name in ("model", "noise", "calibrated", "provenance"):
-        parts = (f"{k} {v}" for k, v in getattr(schedule, name).items())
-        console.print(f"[bold]{name}[/bold]: {', '.join(parts) or '-'}", highlight=False)
+        about = escape(_text(getattr(schedule, name))) or "-"  # escaped: an override may hold [self,ff]
+        console.print(f"[bold]{name}[/bold]: {about}", highlight=False)
     table = Table(title=f"{schedule.mode} weights, {schedule.interp} in ln sigma")
     table.add_column("site")
     for sigma in schedule.sigmas:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def schedule_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sites = ("mid_block.attentions.0.cross", "up_blocks.0.attentions.0.ff")
     weights = np.array([[0.5, 1.5], [1.25, 0.1234567]])
     about = {"calibrated": {"num_inference_steps": 2, "guidance_scale": 3.0, "strength": 0.6, "method": "sdedit"},
-             "provenance": {"command": "rwopt search recipe=editing", "calls": 12}}  # fmt: skip
+             "provenance": {"command": "rwopt search recipe=editing weights.kinds=[self,ff]", "calls": 12}}  # fmt: skip
     schedule = Schedule(sites, np.array([5.0, 0.5]), weights, **about)
     path = tmp_path_factory.mktemp("schedule") / "mine.json"
     schedule.save(path)
@@ -87,19 +87,13 @@ def test_help_is_quick_and_light(arguments: list[str]) -> None:
         f"try: main({arguments})\nexcept SystemExit as end: assert end.code == 0\n"
         f"print('heavy:', [m for m in {HEAVY} if m in sys.modules])"
     )
-    times = []
-    for _ in range(3):  # the machine may be busy: the best of three is the program's own time
-        began = time.perf_counter()
+    seconds = []
+    while len(seconds) < 3 and min(seconds, default=1.0) >= 0.5:  # processor time: the machine may be busy
+        before = os.times()
         assert "heavy: []" in python(code)
-        times.append(time.perf_counter() - began)
-        if times[-1] < 0.5:
-            break
-    bare = []
-    for _ in range(2):
-        began = time.perf_counter()
-        python("pass")
-        bare.append(time.perf_counter() - began)
-    assert min(times) < max(0.5, 8 * min(bare)), (times, bare)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < 0.5, seconds
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -230,7 +224,7 @@ def test_show_prints_the_numbers(said: Any, here: Path, schedule_file: Path, mon
     code, out, _ = said("show", schedule_file, "--png", "drawn.png")
     assert code == 0
     for text in ("0.500", "1.500", "1.250", "0.123", "σ 5", "σ 0.5", "mid_block.attentions.0.cross", "residual",
-                 "guidance_scale 3.0", "rwopt search recipe=editing", "drawn.png"):  # fmt: skip
+                 "guidance_scale 3,", "recipe=editing weights.kinds=[self,ff]", "drawn.png"):  # fmt: skip
         assert text in out, text
     assert columns(here / "drawn.png").std() > 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -102,6 +103,10 @@ def publish(save: Callable[[Path], None], name: str) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
+    for path in temporary.glob("*.json"):  # diffusers notes the folder that a model came from: a path of one machine
+        text = path.read_text()
+        if '"_name_or_path"' in text:
+            path.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "_name_or_path"}, indent=2))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
     return target
