@@ -81,6 +81,9 @@ def parser() -> Parser:
     show.add_argument("schedule", type=Path, metavar="schedule.json", help="schedule file")
     show.add_argument("--png", type=Path, metavar="FILE.png", help="also draw it")
 
+    sites = verb("sites", "list where weights can act on a model, with the names that other tools use")
+    sites.add_argument("model", help="avatars, a diffusers folder or a hub id; only its configuration is read")
+
     verb("recipes", "list the recipes that ship with rwopt")
     return top
 
@@ -297,6 +300,23 @@ def _show(args: argparse.Namespace) -> None:
         from rwopt.report import schedule_heatmap
 
         print(schedule_heatmap(schedule, args.png))
+
+
+def _sites(args: argparse.Namespace) -> None:
+    _quiet()
+    from rich.console import Console
+    from rich.table import Table
+
+    from rwopt.names import site_rows
+
+    rows = site_rows(args.model)
+    columns = [n for n in rows[0] if n not in ("class", "stage") and any(row[n] for row in rows)]
+    table = Table(title=f"{len(rows)} sites of {args.model}, in execution order")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _recipes(args: argparse.Namespace) -> None:

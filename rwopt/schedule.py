@@ -29,6 +29,7 @@ FORMAT = "rwopt.schedule"
 VERSION = "1.0"
 INTERPOLATIONS = ("linear", "nearest", "previous")
 MODES = ("residual", "output")
+CFG_BRANCHES = ("both", "cond", "uncond")
 
 _KNOT_TOLERANCE = 1e-3  # in ln sigma, a third of one training timestep: files made by hand round their sigmas
 _SMALLEST_ABAR = 2.0**-24  # what diffusers' samplers use for a terminal SNR of zero (sigma 4096)
@@ -47,6 +48,7 @@ class Schedule:
     interp: linear, nearest, or previous (hold the last knot that sampling has passed), in ln sigma.
     model, calibrated, provenance: notes on the origin; noise: the training noise, see `noise_table`.
     extra: the file's own `x-...` entries, kept.
+    cfg_branch: the rows of guidance that it holds for, both, cond or uncond.
     """
 
     sites: tuple[str, ...]
@@ -59,6 +61,7 @@ class Schedule:
     calibrated: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    cfg_branch: str = "both"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -66,6 +69,8 @@ class Schedule:
         object.__setattr__(self, "weights", _frozen(self.weights, "weights"))
         if self.mode not in MODES:
             raise UserError(f"op.mode is {self.mode!r}: choose from {', '.join(MODES)}")
+        if self.cfg_branch not in CFG_BRANCHES:
+            raise UserError(f"op.cfg_branch is {self.cfg_branch!r}: choose from {', '.join(CFG_BRANCHES)}")
         if self.interp not in INTERPOLATIONS:
             raise UserError(f"grid.interp is {self.interp!r}: choose from {', '.join(INTERPOLATIONS)}")
         if not self.sites:
@@ -137,7 +142,7 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """The file's content. Weights are rounded to 6 significant digits, finer than half precision."""
         grid: dict[str, Any] = {"sigma": self.sigmas.tolist()}
-        if "beta_schedule" in self.noise:  # for people who read the file
+        if "beta_schedule" in self.noise and not edm_noise(self.noise):  # for people who read the file
             steps = timestep_of(self.sigmas, noise_table(self.noise))
             grid["train_timestep"] = [round(float(step), 2) for step in steps]
         grid |= {"interp": self.interp, "extrapolate": "clamp"}
@@ -146,7 +151,7 @@ class Schedule:
             "format": FORMAT,
             "version": VERSION,
             "model": dict(self.model),
-            "op": {"mode": self.mode, "cfg_branch": "both"},
+            "op": {"mode": self.mode, "cfg_branch": self.cfg_branch},
             "sites": [{"id": site} for site in self.sites],
             "noise": {"axis": "sigma", **self.noise},
             "grid": grid,
@@ -176,6 +181,7 @@ class Schedule:
             calibrated=document.get("calibrated", {}),
             provenance=document.get("provenance", {}),
             extra={name: value for name, value in document.items() if name.startswith("x-")},
+            cfg_branch=op.get("cfg_branch", "both"),
         )
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -234,6 +240,23 @@ def noise_table(noise: Mapping[str, Any]) -> Array:
     return sigma_of(root**2)
 
 
+def edm_noise(noise: Mapping[str, Any]) -> bool:
+    """Whether the U-Net is told `0.25 ln sigma` (Karras et al. 2022, arXiv 2206.00364) and not a training timestep."""
+    return bool(noise.get("timestep") == "edm")
+
+
+def edm_scheduler(scheduler: Any) -> bool:
+    """The same of a diffusers scheduler: its EDM ones, and Euler as Stable Video Diffusion sets it."""
+    config = getattr(scheduler, "config", {})
+    continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    return continuous or type(scheduler).__name__.startswith("EDM")
+
+
+def edm_sigma(timestep: ArrayLike) -> Array:
+    """VE sigmas of EDM timesteps `0.25 ln sigma`."""
+    return np.exp(4 * np.asarray(timestep, dtype=np.float64))
+
+
 def sigma_of(abar: ArrayLike) -> Array:
     """VE sigma of the cumulative signal share `abar` in (0, 1]; an abar of 0 gives 4096, as in diffusers."""
     share = np.maximum(np.asarray(abar, dtype=np.float64), _SMALLEST_ABAR)
@@ -253,6 +276,8 @@ def sigma_at(timestep: ArrayLike, table: Array) -> Array:
 def noise_block(scheduler: Any) -> dict[str, Any]:
     """The `noise` entry of a schedule for a diffusers scheduler."""
     config = scheduler.config
+    if edm_scheduler(scheduler):
+        return {"prediction": config.get("prediction_type", "epsilon"), "timestep": "edm"}
     return {
         "prediction": config.get("prediction_type", "epsilon"),
         "beta_schedule": config["beta_schedule"],

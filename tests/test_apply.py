@@ -267,18 +267,13 @@ def test_without_weights_the_call_is_passed_on_as_it_is(tiny_unet: UNet2DConditi
     assert carried == [None]
 
 
-def test_a_transformer_called_by_itself_returns_its_own_type(tiny_unet: UNet2DConditionModel) -> None:
-    attachment = Attachment(tiny_unet, ["mid_block.attentions.0"])
+def test_a_part_called_by_itself_is_plain(tiny_unet: UNet2DConditionModel) -> None:
     transformer = tiny_unet.mid_block.attentions[0]
     x, text = torch.randn(2, 16, 2, 2), torch.randn(2, 5, 12)
-    carried = attachment.carry(torch.tensor([0.5]), 2)
-    call = {"hidden_states": x, "encoder_hidden_states": text}
-    plain = transformer(**call).sample
-    whole = transformer(**call, cross_attention_kwargs=carried)
-    (sample,) = transformer(**call, cross_attention_kwargs=carried, return_dict=False)
-    torch.testing.assert_close(whole.sample, (x + plain) / 2)
-    assert torch.equal(sample, whole.sample)
-    assert torch.equal(transformer(x, text, None, None, None, carried).sample, whole.sample)
+    plain = transformer(x, text).sample
+    attachment = Attachment(tiny_unet, ids_of(tiny_unet, KINDS))
+    attachment(*inputs(), random_weights(len(attachment.sites)))
+    assert torch.equal(transformer(x, text).sample, plain)
 
 
 def test_a_copy_works_with_hooks_on(tiny_unet: UNet2DConditionModel) -> None:

@@ -26,6 +26,7 @@ VERBS = {
     "sample": ["--caption", "--schedule", "--model", "--steps", "--guidance", "--seed", "--out"],
     "edit": ["--image", "--caption", "--case", "--split", "--strength", "--schedule", "--steps", "--seed", "--out"],
     "show": ["schedule.json", "--png"],
+    "sites": ["model"],
     "recipes": [],
 }
 SMALL = [item for item in SETTINGS if item.startswith("task.")]
@@ -275,3 +276,17 @@ def test_probe_writes_and_prints_importance(said: Any, here: Path) -> None:
     assert "mid_block.attentions.0" in out
     assert columns(here / "seen" / "probe.png").std() > 5
     assert (here / "seen" / "importance.json").exists()
+
+
+def test_sites_prints_every_id_whole(said: Any) -> None:
+    code, out, _ = said("sites", "avatars")
+    assert code == 0
+    for site in ("down_blocks.0.attentions.0.cross", "mid_block.attentions.0", "up_blocks.1.attentions.1.ff"):
+        assert site in out
+    assert "output_blocks.0.1" in out  # the LDM name of up_blocks.0.attentions.0
+
+
+def test_sites_of_nothing_says_what_to_give(said: Any, tmp_path: Path) -> None:
+    code, _, err = said("sites", tmp_path / "nothing")
+    assert code == 2
+    assert len(err.splitlines()) == 1

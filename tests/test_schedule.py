@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 
 from rwopt.errors import UserError
 from rwopt.schedule import (
     INTERPOLATIONS,
     Schedule,
+    edm_noise,
+    edm_sigma,
     noise_block,
     noise_table,
     sigma_at,
@@ -28,7 +30,7 @@ NAMES = [
     for block in ("down_blocks.0", "mid_block", "up_blocks.10")
     for j in (0, 1)
     for kind in ("", ".self", ".cross", ".ff")
-]
+] + [f"up_blocks.1.resnets.0.{kind}" for kind in ("resnet", "skip", "low", "backbone", "structure")]
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
 
@@ -41,6 +43,7 @@ def random_schedule(seed: int) -> Schedule:
         weights=rng.normal(1, 2, (knots, sites)) * 10.0 ** rng.integers(-8, 4),
         mode=str(rng.choice(["residual", "output"])),
         interp=str(rng.choice(INTERPOLATIONS)),
+        cfg_branch=str(rng.choice(["both", "cond", "uncond"])),
         model={"family": "sd15"},
         noise={} if seed % 2 else SD,
         calibrated={"num_inference_steps": int(rng.integers(1, 50)), "timesteps": [1, 2, 3]},
@@ -112,7 +115,8 @@ def test_arrays_are_own_and_read_only() -> None:
 
 def test_digest_ignores_notes_and_sees_weights() -> None:
     base = random_schedule(0)
-    same = Schedule(base.sites, base.sigmas, base.weights, base.mode, base.interp, noise=base.noise)
+    fields = {"noise": base.noise, "cfg_branch": base.cfg_branch}
+    same = Schedule(base.sites, base.sigmas, base.weights, base.mode, base.interp, **fields)
     other = Schedule(base.sites, base.sigmas, base.weights * 1.01, base.mode, base.interp, noise=base.noise)
     assert same.digest() == base.digest() != other.digest()
     assert same != base
@@ -197,6 +201,8 @@ def test_bad_lookup_and_bad_arguments_are_refused() -> None:
         schedule.at(float("nan"))
     with pytest.raises(UserError, match=r"op\.mode"):
         Schedule.constant(("mid_block.attentions.0",), [1.0], mode="skip")
+    with pytest.raises(UserError, match=r"op\.cfg_branch is 'left'"):
+        Schedule.constant(("mid_block.attentions.0",), [1.0], cfg_branch="left")
     with pytest.raises(UserError, match=r"grid\.interp"):
         Schedule.constant(("mid_block.attentions.0",), [1.0], interp="cubic")
     with pytest.raises(UserError, match="sites is empty"):
@@ -221,6 +227,18 @@ def test_noise_table_equals_that_of_diffusers(config: dict[str, Any]) -> None:
     np.testing.assert_allclose(noise_table(config)[:-2], expected[:-2], rtol=2e-3)
     assert noise_table(noise_block(scheduler)) == pytest.approx(noise_table(config))
     assert np.isfinite(noise_table(config)).all()
+
+
+def test_edm_timesteps_are_a_quarter_of_ln_sigma() -> None:
+    for scheduler in (
+        EDMEulerScheduler(),
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+    ):
+        noise = noise_block(scheduler)
+        assert noise["timestep"] == "edm"
+        assert edm_noise(noise)
+    assert not edm_noise(noise_block(DDIMScheduler()))
+    np.testing.assert_allclose(edm_sigma(0.25 * np.log([80.0, 0.002])), [80.0, 0.002])
 
 
 def test_sigmas_of_stable_diffusion() -> None:

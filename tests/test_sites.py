@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from helpers.twins import NETS, make
 
+from rwopt.apply import Attachment
 from rwopt.errors import UserError
-from rwopt.sites import KINDS, find_sites, group_sites, list_sites
+from rwopt.names import foreign_names, names_of, site_rows
+from rwopt.sites import ALL_KINDS, KINDS, SITE_KINDS, find_sites, group_sites, list_sites
 
 SD15_ORDER = [
     *(f"down_blocks.{i}.attentions.{j}" for i in (0, 1, 2) for j in (0, 1)),
@@ -47,6 +52,63 @@ def test_stable_diffusion_1_and_2_have_16_sites(linear: bool) -> None:
     assert [site.stage for site in sites] == [
         site.id.replace("_blocks", "").replace("_block", "").split(".att")[0] for site in sites
     ]
+    assert [site.factor for site in sites] == [1, 1, 2, 2, 4, 4, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1]
+    assert [site.id for site in sites if site.inert] == ["up_blocks.3.attentions.2"]
+    numbers = [1, 2, 4, 5, 7, 8, None, *range(3, 12)]
+    names = [names_of(unet, site) for site in sites]
+    lbw = [f"IN{n:02d}" for n in numbers[:6]] + ["M00"] + [f"OUT{n:02d}" for n in numbers[7:]]
+    ldm = [f"input_blocks.{n}.1" for n in numbers[:6]] + ["middle_block.1"]
+    assert [name.lbw for name in names] == lbw
+    assert [name.ldm for name in names] == ldm + [f"output_blocks.{n}.1" for n in numbers[7:]]
+    assert [name.comfy for name in names][5:8] == [("input", 8), ("middle", 0), ("output", 3)]
+    assert [name.lora for name in names][5:8] == ["down.block_2.1", "mid", "up.block_1.0"]
+    skips = list_sites(unet, ("skip",))
+    assert [site.channels for site in skips] == [1280] * 5 + [640, 640, 640, 320, 320, 320, 320]
+    assert [names_of(unet, site).comfy for site in skips] == [("output", n) for n in range(12)]
+
+
+def test_names_of_unequal_blocks_count_layers() -> None:
+    assert foreign_names("down_blocks.2.resnets.1", "resnet", [1, 3, 2], [3, 4, 2]).ldm == "input_blocks.8.0"
+    assert foreign_names("up_blocks.1.attentions.0", "transformer", [1, 3, 2], [3, 4, 2]).ldm == "output_blocks.3.1"
+    assert foreign_names("mid_block.resnets.1", "resnet", [1], [2]).ldm == "middle_block.2"
+
+
+def test_rows_for_people(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    tiny_unet.save_config(tmp_path / "pipe" / "unet")
+    rows = site_rows(tmp_path / "pipe")
+    assert rows == site_rows(tiny_unet) == site_rows(tmp_path / "pipe" / "unet")
+    first = next(row for row in rows if row["kind"] == "transformer")
+    assert first["id"] == "down_blocks.0.attentions.0"
+    assert (first["ldm"], first["comfy"], first["lbw"], first["lora"]) == (
+        "input_blocks.1.1",
+        "input 1",
+        "IN01",
+        "down.block_0.0",
+    )
+    assert [row["id"] for row in rows if row["note"]] == ["up_blocks.2.attentions.1"]
+    with pytest.raises(UserError, match="holds no U-Net"):
+        site_rows(tmp_path)
+
+
+@torch.no_grad()
+def test_an_inert_site_does_nothing_in_mode_output(tiny_unet: UNet2DConditionModel) -> None:
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12)
+    plain = tiny_unet(x, 10, text).sample
+    for site in list_sites(tiny_unet, ("transformer", "resnet")):
+        with Attachment(tiny_unet, [site.id], "output") as attachment:
+            change = (attachment(x, 10, text, torch.tensor([1.3])) - plain).abs().max() / plain.abs().max()
+        assert (change < 1e-3) == site.inert, site.id
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_every_class_lists_its_places_in_the_order_of_execution(name: str) -> None:
+    twin, order = make(name), []
+    sites = list_sites(twin.unet, ("transformer", "resnet"))
+    for path in {site.path for site in sites}:
+        twin.unet.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
+    twin()
+    assert order == [site.path for site in sites]
 
 
 def test_stable_diffusion_xl_has_11_sites() -> None:
@@ -59,8 +121,17 @@ def test_stable_diffusion_xl_has_11_sites() -> None:
             cross_attention_dim=2048,
             use_linear_projection=True,
         )
-    assert [site.id for site in list_sites(unet)] == SDXL_ORDER
+    sites = list_sites(unet)
+    assert [site.id for site in sites] == SDXL_ORDER
     assert len(list_sites(unet, KINDS)) == 44
+    assert [site.kind for site in list_sites(unet, SITE_KINDS)].count("resnet") == 17
+    assert not any(site.inert for site in sites), "its last transformer is followed by an attention-free block"
+    assert [site.id for site in list_sites(unet, ("resnet",)) if site.inert] == ["up_blocks.2.resnets.2.resnet"]
+    names = [names_of(unet, site) for site in sites]
+    lbw = "IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"
+    assert [name.lbw for name in names] == lbw.split()
+    assert names[0].ldm == "input_blocks.4.1"
+    assert names[4].ldm == "middle_block.1"
 
 
 def test_branch_sites_follow_their_transformer(tiny_unet: UNet2DConditionModel) -> None:
@@ -87,8 +158,8 @@ def test_absent_sites_are_named_with_the_present_ones(tiny_unet: UNet2DCondition
 
 
 def test_unknown_kind_grouping_and_network_are_refused(tiny_unet: UNet2DConditionModel) -> None:
-    with pytest.raises(UserError, match="'resnet' is unknown"):
-        list_sites(tiny_unet, ("resnet",))
+    with pytest.raises(UserError, match="'block' is unknown"):
+        list_sites(tiny_unet, ("block",))
     with pytest.raises(UserError, match="'colour' is unknown"):
         group_sites(list_sites(tiny_unet), "colour")
     plain = UNet2DModel(
@@ -96,16 +167,17 @@ def test_unknown_kind_grouping_and_network_are_refused(tiny_unet: UNet2DConditio
         norm_num_groups=4,
         attention_head_dim=4,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
     )
-    with pytest.raises(UserError, match="UNet2DModel has no"):
+    with pytest.raises(UserError, match="UNet2DModel has no site of kind transformer"):
         list_sites(plain)
 
 
 @pytest.mark.parametrize("by", ["site", "block", "stage", "kind", "stage_kind", "block_kind", "all"])
 def test_groups_partition_the_sites(tiny_unet: UNet2DConditionModel, by: str) -> None:
-    sites = list_sites(tiny_unet, KINDS)
+    sites = list_sites(tiny_unet, ALL_KINDS)
     groups = group_sites(sites, by)
     assert sorted(index for members in groups.values() for index in members) == list(range(len(sites)))
     assert list(groups.values()) == sorted(groups.values(), key=lambda members: members[0])
