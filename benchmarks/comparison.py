@@ -44,12 +44,7 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
         shop, trials = search.shop, settings.tuner.trials
         bar.start(search.evaluations + 2 * (seeds - 1) * trials)
         dials, importance = search.guidance(), search.importance()
-        starts = {"guidance": dials.dials.to_dict(), "recipe": shop.base.to_dict()}
-        arms: dict[str, list[Arm]] = {"plain": [shop.fixed("plain")], "best guidance": [search.best_guidance(dials)]}
-        for name, schedule in search.published().items():
-            count = trials if name == "analytic" else settings.tuner.control_trials
-            spent = dials.calls + search.price(name)
-            arms[name] = [shop.tune_dials(name, schedule, count, starts, spent=spent)]
+        arms: dict[str, list[Arm]] = {arm.name: [arm] for arm in search.compared(dials)}
         for name in SEEDED:
             arms[name] = [
                 search.learn(dials, importance, seed, f"{name} {seed}", constant=name == "constant")

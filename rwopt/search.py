@@ -153,6 +153,16 @@ class Search:
             "permuted steps": baselines.permuted_steps(voted, 0),
         }
 
+    def compared(self, dials: Arm) -> list[Arm]:
+        """Every arm that learns no weights: plain, best guidance, the published schedules and their controls."""
+        arms = [self.shop.fixed("plain", note=NOTES["plain"]), self.best_guidance(dials)]
+        starts = {"guidance": dials.dials.to_dict(), "recipe": self.shop.base.to_dict()}
+        for name, schedule in self.published().items():
+            trials = self.settings.tuner.trials if name == "analytic" else self.settings.tuner.control_trials
+            spent = dials.calls + self.price(name)
+            arms.append(self.shop.tune_dials(name, schedule, trials, starts, note=NOTES[name], spent=spent))
+        return arms
+
     def price(self, name: str) -> int:
         """U-Net calls of the probe behind a published schedule or control."""
         return Importance.load(self.folder / ("gradient_norms.json" if name == "gradient norm" else "votes.json")).calls
@@ -228,12 +238,7 @@ class Search:
             self.progress.start(self.evaluations)
             dials = self.guidance()
             importance = self.importance()
-            arms = [self.shop.fixed("plain", note=NOTES["plain"]), self.best_guidance(dials)]
-            starts = {"guidance": dials.dials.to_dict(), "recipe": self.shop.base.to_dict()}
-            for name, schedule in self.published().items():
-                trials = self.settings.tuner.trials if name == "analytic" else self.settings.tuner.control_trials
-                spent = dials.calls + self.price(name)
-                arms.append(self.shop.tune_dials(name, schedule, trials, starts, note=NOTES[name], spent=spent))
+            arms = self.compared(dials)
             arms.append(self.learn(dials, importance, self.settings.tuner.seed, "constant", constant=True))
             arms.append(self.learn(dials, importance, self.settings.tuner.seed))
             path = self.folder / "schedule.json"
