@@ -17,7 +17,7 @@ from rwopt.errors import UserError
 from rwopt.files import package_folder
 from rwopt.probes import PROBES
 from rwopt.sites import GROUPINGS, KINDS
-from rwopt.tuners import SAMPLERS
+from rwopt.tuners import GRADIENTS, SAMPLERS, TUNERS
 
 
 def _check(ok: bool, key: str, value: object, remedy: str) -> None:
@@ -143,18 +143,56 @@ class ObjectiveSettings:
 
 @dataclass
 class TunerSettings:
-    """`trials` for each tuned arm; `control_trials` for the dials of a control; the best `top_k` see validation."""
+    """`name`: who proposes weights, auto, gradient, optuna or spsa; `sampler`: Optuna's, for weights and for dials.
 
+    trials: candidates of weights; dial_trials: of an arm's dials; control_trials: of a control's dials; the best
+    `top_k` of each see validation cases.
+    """
+
+    name: str = "auto"
     sampler: str = "auto"
     trials: int = 40
+    dial_trials: int = 16
     control_trials: int = 8
-    top_k: int = 5
+    top_k: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _one_of(TUNERS, "tuner.name", self.name)
         _one_of(SAMPLERS, "tuner.sampler", self.sampler)
-        for name in ("trials", "control_trials", "top_k"):
+        for name in ("trials", "dial_trials", "control_trials", "top_k"):
             _check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
+
+
+@dataclass
+class GradientSettings:
+    """For `tuner.name=gradient`: the way through the sampler, and Adam.
+
+    mode: full, truncated (the `last` steps) or detached (every `stride`-th step); updates: Adam steps from one scored
+    candidate to the next, each on `accumulate` x `batch` pictures; rate: step in log-gain; clip: largest gradient
+    norm; pull: weight of |theta - start|^2; devices: processes that share out the pictures.
+    """
+
+    mode: str = "full"
+    last: int = 2
+    stride: int = 1
+    updates: int = 5
+    batch: int = 32
+    accumulate: int = 1
+    rate: float = 0.05
+    clip: float = 1.0
+    pull: float = 0.0
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of(GRADIENTS, "gradient.mode", self.mode)
+        for name in ("last", "stride", "updates", "batch", "accumulate", "devices"):
+            _check(getattr(self, name) >= 1, f"gradient.{name}", getattr(self, name), "must be at least 1")
+        for name in ("rate", "clip"):
+            _check(0 < getattr(self, name) < math.inf, f"gradient.{name}", getattr(self, name), "must be above 0")
+        _check(0 <= self.pull < math.inf, "gradient.pull", self.pull, "must be 0 or more")
+        fits = self.accumulate >= self.devices
+        _check(fits, "gradient.accumulate", self.accumulate, f"must be at least gradient.devices={self.devices}")
 
 
 @dataclass
@@ -180,6 +218,7 @@ class Settings:
     analytic: AnalyticSettings = field(default_factory=AnalyticSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     tuner: TunerSettings = field(default_factory=TunerSettings)
+    gradient: GradientSettings = field(default_factory=GradientSettings)
     track: TrackSettings = field(default_factory=TrackSettings)
 
 
