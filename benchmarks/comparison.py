@@ -33,7 +33,7 @@ QUICK = [
     "tuner.control_trials=1", "tuner.sampler=random", "gradient.updates=1", "gradient.batch=4", "analytic.rounds=1",
     "analytic.epochs=2", "analytic.cases=2", "probe.cases=4",
 ]  # fmt: skip
-FULL = ["task.train=96", "task.validation=64", "task.test=256"]  # on top of the recipe
+FULL = ["task.validation=64", "task.test=256"]  # on top of the recipe
 BLACK_BOX = ["tuner.name=optuna", "weights.group_by=kind", "weights.knots=3"]  # as many numbers as Optuna can handle
 SEEDED = ("constant", "black box", "learned")
 NOTES = {**NOTES, "black box": "9 weights (kind of branch x 3 noise levels) by Optuna instead of the gradient"}
@@ -44,9 +44,12 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
     settings = config.load(recipe, [*overrides, "track.wandb=off"])
     with Bar() as bar:
         search = Search(settings, folder, bar)
-        shop, tuner = search.shop, settings.tuner
-        other = Search(config.load(recipe, [*overrides, "track.wandb=off", *BLACK_BOX]), folder / "black box", bar)
-        bar.start(search.evaluations + (3 * seeds - 2) * (tuner.trials + tuner.dial_trials) + tuner.dial_trials)
+        shop, dial_trials = search.shop, settings.tuner.dial_trials
+        trials = settings.tuner.trials if quick else 30
+        black_box = [*overrides, "track.wandb=off", *BLACK_BOX, f"tuner.trials={trials}"]
+        other = Search(config.load(recipe, black_box), folder / "black box", bar)
+        bar.start(search.evaluations + 2 * (seeds - 1) * (settings.tuner.trials + dial_trials)
+                  + seeds * (trials + dial_trials) + dial_trials)  # fmt: skip
         dials = search.guidance()
         arms: dict[str, list[Arm]] = {arm.name: [arm] for arm in search.compared(dials)}
         for name in SEEDED:
