@@ -103,12 +103,11 @@ class Workshop:
         wanted = self.settings.task
         return load_cases(wanted.cases, split, wanted.name, getattr(wanted, split))
 
-    def prepare(self, cases: Sequence[Case]) -> Task:
-        """The recipe's task on some cases; each has the same start noise in whatever company."""
+    def prepare(self, cases: Sequence[Case], draws: int | None = None) -> Task:
+        """The recipe's task on some cases; each has the same start noises in whatever company."""
         wanted = self.settings.task
-        return make_task(
-            wanted.name, self.model, cases, wanted.steps, wanted.draws, wanted.batch, wanted.method, self.base
-        )
+        draws = wanted.draws if draws is None else draws
+        return make_task(wanted.name, self.model, cases, wanted.steps, draws, wanted.batch, wanted.method, self.base)
 
     def task(self, split: str) -> Task:
         """The prepared task of one split, made when first asked for."""
@@ -176,7 +175,10 @@ class Workshop:
         if done is not None:
             self._skip(name, study, trials)
             return done
+        self.task("train")  # made first: its own calls are nobody's
+        before = self.model.calls
         tuner = make(study)
+        opening = self.model.calls - before
         finished = tuner.trials()
         self._skip(name, study, len(finished))
         best, failures = -np.inf, 0
@@ -190,7 +192,6 @@ class Workshop:
         for trial in finished:  # again, in case of a kill between the study and the log
             record(trial)
         while len(finished) < trials:
-            self.task("train")  # made first: its own calls are nobody's
             candidate, before = tuner.propose(), self.model.calls
             value = self.value("train", *decode(candidate.values))
             calls = self.model.calls - before
@@ -213,7 +214,7 @@ class Workshop:
             raise UserError(f"arm {name} has no finite objective on validation cases; check objective.terms")
         chosen = int(np.nanargmax(validated))
         dials, schedule = decode(ranked[chosen].candidate.values)
-        calls = spent[1] + sum(t.calls for t in finished) + self.model.calls - before
+        calls = spent[1] + opening + sum(t.calls for t in finished) + self.model.calls - before
         return self.keep(Arm(
             name, dials, schedule, ranked[chosen].score, validated[chosen], spent[0] + len(finished), calls,
             dict(ranked[chosen].candidate.values), [(t.candidate.origin, t.score) for t in finished], note,
@@ -265,7 +266,8 @@ class Workshop:
             place = self.folder / "studies"
             if kind == "spsa":
                 return SpsaTuner(study, space, place, trials, seed, points, self.fingerprint)
-            problem = Problem(function, self.task("train"), self.composites[OBJECTIVE], dials)
+            task = self.prepare(self.cases("train"), self.settings.gradient.draws)
+            problem = Problem(function, task, self.composites[OBJECTIVE], dials)
             return GradientTuner(
                 study, space, problem, place, seed, points, self.fingerprint, gradient_options(self.settings)
             )
