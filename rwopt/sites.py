@@ -90,7 +90,10 @@ def list_sites(unet: nn.Module, kinds: Sequence[str] = ("transformer",)) -> list
         match = _PLACE.fullmatch(path)
         if match:
             side, block, family, index = match.groups()
-            order = (_STAGES.index(side or "mid"), int(block or 0), int(index), family == "attentions")
+            parent: Any = unet.get_submodule(path.rsplit(".", 2)[0])
+            late = family == "attentions" and side == "up" and hasattr(parent, "skip_norm")  # one, behind all resnets
+            place = len(parent.resnets) if late else int(index)
+            order = (_STAGES.index(side or "mid"), int(block or 0), place, family == "attentions")
             found.append((order, path, module))
     skips, factors, last = skip_channels(unet), _factors(unet), _last_place(unet)
     sites = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rwopt.apply.join import weigh_join
-from rwopt.apply.rerun import Call, close_parts, guard_blocks, guard_resnets
+from rwopt.apply.rerun import Call, close_parts, guard_blocks, guard_resnets, position
 from rwopt.apply.scope import Scope, column_of, eager
 from rwopt.errors import UserError
 from rwopt.schedule import MODES
@@ -50,6 +50,7 @@ class Attachment:
         self.sites = tuple(sites)
         self.mode = mode
         self.key = f"rwopt_weights_{uuid.uuid4().hex}"  # not id(self): hooks may outlive a dropped attachment
+        self._takes_text = position(unet, "encoder_hidden_states") is not None
         self._scope = Scope(len(found))
         self._hooks: list[RemovableHandle] = []
         self._watch_calls()
@@ -96,7 +97,7 @@ class Attachment:
         """
         if weights is not None:
             kwargs |= self.carry(weights, len(x))
-        if encoder_hidden_states is not None:
+        if self._takes_text:  # None is given on: Kandinsky's text comes with `added_cond_kwargs`
             kwargs["encoder_hidden_states"] = encoder_hidden_states
         output: Tensor = self.unet(x, t, **kwargs, return_dict=True).sample
         return output

@@ -26,6 +26,9 @@ _PAIRED = {
 } | {"AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline", "LatentConsistencyModelPipeline"}
 """Pipelines whose guided batch is [unconditional, conditional]. InstructPix2Pix, PAG and others have more parts."""
 
+_EDM = {"StableDiffusionLatentUpscalePipeline"}
+"""Pipelines that tell the U-Net 0.25 ln sigma, whatever their sampler counts in."""
+
 _tickets = itertools.count()
 _lookups: WeakValueDictionary[int, _Lookup] = WeakValueDictionary()
 """How the operator finds a look-up: a graph can hold a number, not an object."""
@@ -189,7 +192,7 @@ def _noise_levels(target: Any, schedule: Schedule) -> Callable[[Array], Array]:
 
 
 def _levels(target: Any, schedule: Schedule, scheduler: Any, abar: Any) -> Callable[[Array], Array]:
-    if edm_scheduler(scheduler) or (scheduler is None and edm_noise(schedule.noise)):
+    if type(target).__name__ in _EDM or edm_scheduler(scheduler) or (scheduler is None and edm_noise(schedule.noise)):
         return edm_sigma
     if abar is not None:
         table = sigma_of(torch.as_tensor(abar).detach().cpu().numpy())
