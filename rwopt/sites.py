@@ -150,6 +150,11 @@ def branch_modules(transformer: nn.Module, kind: str) -> list[nn.Module]:
     return [module for module in modules if module is not None]
 
 
+def resnets_at(resnet: Any) -> list[Any]:
+    """The residual blocks at a place: two, one after the other, if it has frames."""
+    return [resnet.spatial_res_block, resnet.temporal_res_block] if hasattr(resnet, "spatial_res_block") else [resnet]
+
+
 def skip_channels(unet: Any) -> dict[str, tuple[int, int]]:
     """Path of each up-block resnet that a skip tensor joins -> channels of (stream, skip) in its input."""
     middle = getattr(unet, "mid_block", None)
@@ -165,7 +170,7 @@ def skip_channels(unet: Any) -> dict[str, tuple[int, int]]:
 
 
 def _resnet_channels(resnet: Any) -> tuple[int, int]:
-    inner = getattr(resnet, "spatial_res_block", resnet)  # of a SpatioTemporalResBlock
+    inner = resnets_at(resnet)[0]
     return inner.in_channels, inner.out_channels
 
 
