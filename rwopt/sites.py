@@ -9,7 +9,7 @@ off the live model, never from a table, so pruned and unusual networks are liste
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +117,17 @@ def find_sites(unet: nn.Module, ids: Sequence[str]) -> list[Site]:
     known = {site.id: site for site in list_sites(unet, ALL_KINDS)}
     absent = [name for name in ids if name not in known]
     if absent:
-        whole = [site.id for site in known.values() if site.kind == "transformer"]
         raise UserError(
-            f"{len(absent)} of {len(ids)} sites are absent from this U-Net ({_short(absent)}): "
-            f"use a schedule made for it, or map it; it has {_short(whole or list(known))}"
+            f"{len(absent)} of {len(ids)} sites are absent from this U-Net ({short(absent)}): "
+            f"use a schedule made for it, or map it; it has {brief(known.values())}"
         )
     return [known[name] for name in ids]
+
+
+def brief(sites: Iterable[Site]) -> str:
+    """The transformer sites in short, or all if there are none."""
+    sites = list(sites)
+    return short([site.id for site in sites if site.kind == "transformer"] or [site.id for site in sites])
 
 
 def group_sites(sites: Sequence[Site], by: str) -> dict[str, list[int]]:
@@ -213,7 +218,7 @@ def _last_place(unet: Any) -> str | None:
     return f"up_blocks.{len(unet.up_blocks) - 1}.{family}.{len(getattr(block, family)) - 1}"
 
 
-def _short(names: Sequence[str], limit: int = 4) -> str:
+def short(names: Sequence[str], limit: int = 4) -> str:
     """A list that fits into a one-line message."""
     if len(names) <= limit:
         return ", ".join(names)

@@ -26,7 +26,11 @@ class Followed:
         self._lock = threading.Lock()
 
     def follow(self) -> None:
-        """Move to the layer that is there now. UserError while a graph is traced, where hooks cannot be moved."""
+        """Move to the layer that is there now.
+
+        Hooks cannot be moved while a graph is traced. There the error ends the graph, and the call goes on without
+        it, or `fullgraph=True` was asked for and shows the line.
+        """
         layer: nn.Module = getattr(self.owner, self.name)
         if layer is self.layer:
             return

@@ -18,6 +18,7 @@ from rwopt.apply.rerun import Call
 from rwopt.apply.scope import eager, expand
 from rwopt.errors import UserError
 from rwopt.schedule import Array, Schedule, edm_noise, edm_scheduler, edm_sigma, noise_table, sigma_at, sigma_of
+from rwopt.sites import ALL_KINDS, brief, list_sites, short
 
 _PAIRED = {
     f"{family}{task}Pipeline"
@@ -82,7 +83,10 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
     kind = getattr(unet, "_orig_mod", unet).__class__.__name__
     made_for = schedule.model.get("unet_class", kind)
     if made_for != kind:
-        raise UserError(f"the schedule was made for a {made_for}, this is a {kind}: map it with rwopt.mapping first")
+        raise UserError(
+            f"the schedule was made for a {made_for} ({short(schedule.sites)}), "
+            f"this is a {kind} ({brief(list_sites(unet, ALL_KINDS))}): map it with rwopt.mapping first"
+        )
     for other in _handles(unet):
         shared = getattr(other.target, "scheduler", None)
         if other.target is not target and shared is not None and shared is getattr(target, "scheduler", None):

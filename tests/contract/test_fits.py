@@ -153,6 +153,27 @@ def test_hooks_that_a_compiled_graph_ignores_are_noticed() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("how", ["torch.compile", "unet.compile", "unet.compile, one graph"])
+@torch.no_grad()
+def test_lora_between_schedule_and_compile(how: str) -> None:
+    """It wraps layers that are weighed: they are followed, or it is refused where one graph is asked for."""
+    twin = make("sd")
+    schedule, unet = bare(twin.unet), twin.unet
+    torch._dynamo.reset()
+    with apply(unet, schedule):
+        unet.add_adapter(peft.LoraConfig(**LORA))
+        if how == "torch.compile":
+            unet = torch.compile(unet, backend="eager", fullgraph=True)
+        else:
+            unet.compile(backend="eager", fullgraph="one graph" in how)
+        if "one graph" in how:
+            with pytest.raises(RuntimeError, match="apply it again, then compile"):
+                twin()
+        else:
+            torch.testing.assert_close(twin(unet=unet), expected(twin, schedule), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------------------------------- adapters
 
 
