@@ -137,7 +137,7 @@ class Attachment:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
             weights = kwargs.get(key)
             for layer in followed:
-                layer.follow()
+                layer.check() if torch.compiler.is_compiling() else layer.follow()
             if torch.compiler.is_compiling():
                 scope.traced = weights
             else:

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from rwopt.apply.scope import eager
 from rwopt.errors import UserError
 
 
@@ -25,17 +25,20 @@ class Followed:
         self._handle = self.layer.register_forward_hook(hook)
         self._lock = threading.Lock()
 
-    def follow(self) -> None:
-        """Move to the layer that is there now.
+    def check(self) -> None:
+        """While a graph is traced, where hooks cannot be moved: UserError if the layer was replaced.
 
-        Hooks cannot be moved while a graph is traced. There the error ends the graph, and the call goes on without
-        it, or `fullgraph=True` was asked for and shows the line.
+        It ends the graph and the call goes on without one, or `fullgraph=True` was asked for and shows the line.
         """
+        if getattr(self.owner, self.name) is not self.layer:
+            raise UserError("layers were replaced (LoRA?) after the schedule was applied: apply it again, then compile")
+
+    @eager
+    def follow(self) -> None:
+        """Move to the layer that is there now."""
         layer: nn.Module = getattr(self.owner, self.name)
         if layer is self.layer:
             return
-        if torch.compiler.is_compiling():
-            raise UserError("layers were replaced (LoRA?) after the schedule was applied: apply it again, then compile")
         with self._lock:  # another thread may be as far
             if layer is not self.layer:
                 self._handle.remove()
