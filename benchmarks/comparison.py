@@ -1,9 +1,9 @@
 """Learned schedules against every baseline and control on test cases, over several search seeds.
 
-`python benchmarks/editing.py [--quick] [--seeds 5]`, likewise `generation.py`. Seeds repeat the learned and constant
-search; dials, probes and fixed schedules are shared, as nothing in them is random but the dials' sampler. Finished
-parts are kept in the run folder, so a killed benchmark goes on. Every number goes to `benchmarks/results/<name>.json`,
-and the table between the markers of README.md is made from that file.
+`python benchmarks/editing.py [--quick] [--seeds 5]`, likewise `generation.py`. Seeds repeat the learned search (and
+the constant one, up to three times); dials, probes and fixed schedules are shared, as nothing in them is random but
+the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on. Every number goes to
+`benchmarks/results/<name>.json`, and the table between the markers of README.md is made from that file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ QUICK = [
 ]  # fmt: skip
 FULL = ["task.train=128", "task.validation=128", "task.test=256"]  # on top of the recipe
 BLACK_BOX = ["tuner.name=optuna", "weights.group_by=kind", "weights.knots=3"]  # as many numbers as Optuna can handle
-SEEDED = ("constant", "black box", "learned")
 NOTES = {**NOTES, "black box": "9 weights (kind of branch x 3 noise levels) by Optuna instead of the gradient"}
 
 
@@ -48,16 +47,18 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
         trials = settings.tuner.trials if quick else 20
         black_box = [*overrides, "track.wandb=off", *BLACK_BOX, f"tuner.trials={trials}"]
         other = Search(config.load(recipe, black_box), folder / "black box", bar)
-        bar.start(search.evaluations + 2 * (seeds - 1) * (settings.tuner.trials + dial_trials)
-                  + min(seeds, 2) * (trials + dial_trials) + dial_trials)  # fmt: skip
+        repeats = {"constant": min(seeds, 3), "black box": 1, "learned": seeds}
+        learned = repeats["constant"] + repeats["learned"] - 2  # beside the two of a search
+        bar.start(search.evaluations + learned * (settings.tuner.trials + dial_trials)
+                  + repeats["black box"] * (trials + dial_trials) + dial_trials)  # fmt: skip
         dials = search.guidance()
         arms: dict[str, list[Arm]] = {arm.name: [arm] for arm in search.compared(dials)}
-        for name in SEEDED:
+        for name in repeats:
             who = other if name == "black box" else search
             start, importance = who.guidance(), who.importance()
             arms[name] = [
                 who.learn(start, importance, seed, f"{name} {seed}", constant=name == "constant")
-                for seed in range(min(seeds, 2) if name == "black box" else seeds)
+                for seed in range(repeats[name])
             ]
         metrics = list(settings.objective.report)
         scores = {name: [shop.test(arm, metrics) for arm in group] for name, group in arms.items()}
@@ -127,7 +128,8 @@ def markdown(result: dict[str, Any]) -> str:
         first = table[a, b, shown[0]]
         lines.append(f"| {a} − {b} | " + " | ".join(cells) + f" | {first.win_rate:.0%}, {first.p:.2g} |")
     first = result["paired"][0]
-    lines += ["", f"{first['cases']} test cases, {first['seeds']} search seeds; bold: the interval leaves out zero. "
+    seeds = ", ".join(f"{len(a['by_seed'])} of {a['name']}" for a in result["arms"] if len(a["by_seed"]) > 1)
+    lines += ["", f"{first['cases']} test cases; search seeds: {seeds}; bold: the interval leaves out zero. "
               f"`{result['command']}`"]  # fmt: skip
     return "\n".join(lines)
 
