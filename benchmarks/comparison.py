@@ -98,11 +98,9 @@ def mean(scores: Sequence[Scores]) -> dict[str, float]:
 
 
 SHOWN = {
-    "editing": ["objective", "judge.objective", "judge.success_accuracy", "judge.kept_accuracy", "judge.identity",
-                "judge.realism", "truth.psnr", "truth.ssim"],
-    "generation": ["objective", "judge.objective", "judge.accuracy", "judge.alignment", "judge.realism",
-                   "judge.identity"],
-}  # fmt: skip
+    "editing": ["objective", "judge.objective", "judge.success_accuracy", "judge.realism", "truth.psnr"],
+    "generation": ["objective", "judge.objective", "judge.accuracy", "judge.realism", "judge.identity"],
+}  # the result file has all
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -147,6 +145,7 @@ def main(recipe: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: few cases and trials, own file")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--table", action="store_true", help="only make README's table again from the result file")
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-<recipe>)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -154,8 +153,12 @@ def main(recipe: str) -> None:
     name = f"{recipe}-quick" if args.quick else recipe
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
     overrides = [*(QUICK if args.quick else FULL), *args.overrides]
-    result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick)
-    write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    file = ROOT / "results" / f"{name}.json"
+    if args.table:
+        result = json.loads(file.read_text())
+    else:
+        result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick)
+        write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:
         into(ROOT.parent / "README.md", recipe, markdown(result))
