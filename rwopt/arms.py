@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwopt.config import DialSettings, Settings
+from rwopt.config import DialSettings, Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, Scores, score
 from rwopt.files import write_text
+from rwopt.measure import Measure
 from rwopt.models import Model
 from rwopt.objectives import Composite, make_objective
+from rwopt.points import Meaning, Point
 from rwopt.progress import Progress
 from rwopt.schedule import Schedule
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import Case, load_cases
-from rwopt.tuners import Parameter, Trial, top
-from rwopt.tuners.optuna import OptunaTuner
+from rwopt.tuners import Candidate, Parameter, Trial
+from rwopt.tuners.loop import Outcome, Report, work
+from rwopt.tuners.optuna import OptunaTuner, Sharing
 from rwopt.weights import WeightFunction
-
-Point = Mapping[str, float]
-Decode = Callable[[Point], tuple[Dials, Schedule | None]]
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Arm:
     values: dict[str, float] = field(default_factory=dict)  # the chosen point of the box
     history: list[tuple[str, float]] = field(default_factory=list)  # (origin, score) of each trial
     note: str = ""
+    choice: dict[str, Any] = field(default_factory=dict)  # rule, front, limits: see `rwopt.measure`
 
     def save(self, path: Path) -> None:
         data = {**asdict(self), "dials": self.dials.to_dict(), "schedule": None}
@@ -83,10 +84,6 @@ def near(parameter: Parameter, centre: float, share: float = 0.15) -> Parameter:
     return replace(parameter, low=parameter.clip(centre - reach), high=parameter.clip(centre + reach))
 
 
-def to_dials(point: Point, base: Dials) -> Dials:
-    return Dials(point.get("guidance", base.guidance), point.get("strength", base.strength))
-
-
 class Workshop:
     """Model, tasks and objective of one recipe, with a folder in which arms are found and kept."""
 
@@ -101,6 +98,7 @@ class Workshop:
         self.composites = {OBJECTIVE: Composite(terms), HELD_OUT: Composite(held_out or terms)}
         self.base = Dials(settings.dials.guidance, settings.dials.strength)
         self.log: Callable[[dict[str, Any]], None] = lambda record: None
+        self.measure = Measure(self)
         self._tasks: dict[str, Task] = {}
         self._counted: dict[str, int] = {}  # trials of each study that the progress knows of
 
@@ -127,7 +125,9 @@ class Workshop:
         """Everything that the table shows must be measurable, or a long search would fail at its last step."""
         task, wanted = self._tasks[split], self.settings.objective
         given = task.describe(torch.zeros(len(task), 3, 1, 1))
-        for name in (*wanted.terms, *wanted.report):
+        for name in dict.fromkeys((*wanted.terms, *wanted.report, *self.measure.signs)):
+            if name == OBJECTIVE:
+                continue
             for need in sorted(make_objective(name).spec.needs):
                 if getattr(given, need) is None:
                     raise UserError(f"objective {name} needs {need}, which {task.name} cases ({split}) do not give")
@@ -166,7 +166,7 @@ class Workshop:
         self,
         name: str,
         space: Sequence[Parameter],
-        decode: Decode,
+        decode: Meaning,
         starts: Mapping[str, Point],
         trials: int,
         seed: int = 0,
@@ -184,50 +184,58 @@ class Workshop:
         if done is not None:
             self._skip(name, study, trials)
             return done
-        tuner = OptunaTuner(
-            study, space, f"sqlite:///{(self.folder / 'study.db').absolute()}", trials, seed,
-            self.settings.tuner.sampler, starts, self.fingerprint,
-        )  # fmt: skip
-        finished = tuner.trials()
-        self._skip(name, study, len(finished))
-        best, failures = -np.inf, 0
+        tuner = self._optuna(study, space, decode, starts, trials, seed)
+        there = tuner.ended()
+        self._skip(name, study, len(there))
+        known, finished, best = {t.candidate.number for t in there}, list[Trial](), -np.inf
 
-        def record(trial: Trial) -> None:
+        def told(trial: Trial) -> None:
             nonlocal best
-            best = max(best, trial.score)
-            about = {"arm": name, "study": study, "trial": trial.candidate.number, "origin": trial.candidate.origin}
-            self.log({**about, "score": trial.score, "best": best})
+            if not np.isnan(trial.score):
+                finished.append(trial)
+                best = max(best, trial.score)
+                about = {"arm": name, "study": study, "trial": trial.candidate.number}
+                self.log({**about, "origin": trial.candidate.origin, "score": trial.score, "best": best})
+            if trial.candidate.number not in known:
+                self._counted[study] += 1
+                self.progress.advance(name, best)
 
-        for trial in finished:  # again, in case of a kill between the study and the log
-            record(trial)
-        while len(finished) < trials:
-            self.task("train")  # made first: its own calls are nobody's
-            candidate, before = tuner.propose(), self.model.calls
-            value = self.value("train", *decode(candidate.values))
-            calls = self.model.calls - before
-            tuner.observe(candidate, value, calls)
-            if not np.isfinite(value):
-                failures += 1
-                if failures > trials:
-                    raise UserError(f"arm {name}: {failures} candidates had no finite objective; check objective.terms")
-                continue
-            finished.append(Trial(candidate, value, calls))
-            record(finished[-1])
-            self._counted[study] += 1
-            self.progress.advance(name, best)
+        def evaluate(candidate: Candidate, report: Report) -> Outcome:
+            return self.measure.train(*decode(candidate.values), candidate.number, report)
+
+        self.task("train")  # made first: its own calls are nobody's
+        work(tuner, trials, evaluate, told, f"arm {name}")
         self.task("validation")
         before = self.model.calls
-        ranked = top(finished, self.settings.tuner.top_k)
-        validated = [self.value("validation", *decode(t.candidate.values)) for t in ranked]
-        if not np.isfinite(validated).any():
-            raise UserError(f"arm {name} has no finite objective on validation cases; check objective.terms")
-        chosen = int(np.nanargmax(validated))
-        dials, schedule = decode(ranked[chosen].candidate.values)
-        calls = spent + sum(t.calls for t in finished) + self.model.calls - before
+        chosen, outcome, choice = self.measure.choose(name, finished, decode, self.settings.tuner.top_k)
+        assert outcome.scores is not None
+        calls = spent + sum(t.calls for t in tuner.ended()) + self.model.calls - before
         return self.keep(Arm(
-            name, dials, schedule, ranked[chosen].score, validated[chosen], len(finished), calls,
-            dict(ranked[chosen].candidate.values), [(t.candidate.origin, t.score) for t in finished], note,
+            name, *decode(chosen.candidate.values), chosen.score, outcome.scores[0], len(tuner.ended()), calls,
+            dict(chosen.candidate.values), [(t.candidate.origin, t.score) for t in finished], note, choice,
         ))  # fmt: skip
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may work on this recipe's studies."""
+        return bool(self.settings.tuner.storage)
+
+    def _optuna(
+        self, study: str, space: Sequence[Parameter], meaning: Meaning, starts: Mapping[str, Point], trials: int,
+        seed: int,
+    ) -> OptunaTuner:  # fmt: skip
+        """The tuner of one study: in the run folder, or in `tuner.storage` under the run's name, with all that a
+        worker must know."""
+        wanted = self.settings.tuner
+        storage, name, sharing, about = f"sqlite:///{(self.folder / 'study.db').absolute()}", study, None, {}
+        if self.shared:
+            storage, name = wanted.storage, f"{self.folder.absolute().name}/{study}"
+            sharing = Sharing(wanted.heartbeat, wanted.grace)
+            about = {"recipe": to_yaml(self.settings), "meaning": meaning.to_dict()}
+        return OptunaTuner(
+            name, space, storage, trials, seed, wanted.sampler, starts, self.fingerprint, self.measure.labels,
+            bool(wanted.limits), wanted.prune, sharing, about,
+        )  # fmt: skip
 
     def _skip(self, name: str, study: str, trials: int) -> None:
         """Tell the progress of trials that are there already, once each where arms share a study."""
@@ -242,7 +250,7 @@ class Workshop:
         """The best guidance (and strength) for a given schedule."""
         space = dial_box(self.settings.task.name, self.settings.dials)
         return self.tune(
-            name, space, lambda p: (to_dials(p, self.base), schedule), starts, trials,
+            name, space, Meaning(self.base, schedule=schedule), starts, trials,
             self.settings.tuner.seed, study, note, spent,
         )  # fmt: skip
 
@@ -266,12 +274,8 @@ class Workshop:
             for n, c in zip(function.names, centre.tolist(), strict=True)
         ]
 
-        def decode(point: Point) -> tuple[Dials, Schedule]:
-            theta = np.array([point[n] for n in function.names])
-            return to_dials(point, self.base), function.schedule(theta)
-
         points = {
             origin: {**dials.to_dict(), **dict(zip(function.names, theta.tolist(), strict=True))}
             for origin, theta in starts.items()
         }
-        return self.tune(name, space, decode, points, trials, seed, note=note, spent=spent)
+        return self.tune(name, space, Meaning(self.base, function), points, trials, seed, note=note, spent=spent)

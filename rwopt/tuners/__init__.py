@@ -12,7 +12,7 @@ from typing import Protocol
 
 from rwopt.errors import UserError
 
-SAMPLERS = ("auto", "gp", "tpe", "cmaes", "random")
+SAMPLERS = ("auto", "gp", "tpe", "cmaes", "nsga2", "nsga3", "random")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A scored candidate, and what the score cost in U-Net calls."""
+    """A scored candidate, and what the score cost in U-Net calls.
+
+    scores: with several objectives all of them, `score` being the first. excess: by how much it breaks its limits.
+    """
 
     candidate: Candidate
     score: float
     calls: int = 0
+    scores: tuple[float, ...] = ()
+    excess: float = 0.0
 
 
 class Tuner(Protocol):
@@ -64,9 +69,9 @@ class Tuner(Protocol):
 
 
 def top(trials: Sequence[Trial], k: int) -> list[Trial]:
-    """The k best trials with different values, best first."""
+    """The k best trials with different values, best first; those that break a limit last, the least first."""
     out: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: -t.score):
+    for trial in sorted(trials, key=lambda t: (t.excess, -t.score)):
         if all(dict(trial.candidate.values) != dict(o.candidate.values) for o in out):
             out.append(trial)
         if len(out) == k:
