@@ -265,9 +265,7 @@ class OptunaTuner:
 def _store(storage: str | BaseStorage, sharing: Sharing | None) -> BaseStorage:
     if not isinstance(storage, str):
         return optuna.storages.get_storage(storage)
-    if sharing is None:
-        return open_storage(storage)
-    return open_storage(storage, max(1, math.ceil(sharing.heartbeat)), max(1, math.ceil(sharing.grace)))
+    return open_storage(storage) if sharing is None else open_storage(storage, sharing.heartbeat, sharing.grace)
 
 
 def plan_of(study: str, storage: BaseStorage) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import time
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SCHEMES = ("sqlite", "postgresql", "mysql", "journal", "grpc")
 DRIVERS = {"postgresql": ("psycopg", "pip install 'rwopt[postgres]'"), "mysql": ("pymysql", "pip install pymysql")}
 WAIT = 60  # seconds that a writer waits for SQLite's lock
+ANSWER = 10.0  # seconds within which a proxy must answer
 
 
 def check_url(text: str) -> str:
@@ -55,7 +57,7 @@ def check_url(text: str) -> str:
     return text
 
 
-def open_storage(text: str, heartbeat: int = 10, grace: int = 60, lock: int = 30) -> BaseStorage:
+def open_storage(text: str, heartbeat: float = 10, grace: float = 60, lock: int = 30) -> BaseStorage:
     """The storage behind `text`, made if it is a file or an empty database.
 
     heartbeat, grace: seconds between a database's signs of life, and without one until a trial counts as left.
@@ -70,7 +72,7 @@ def open_storage(text: str, heartbeat: int = 10, grace: int = 60, lock: int = 30
             return _journal(Path(text.partition(":")[2]), lock)
         if scheme == "grpc":
             return _proxy(text)
-        return _database(text, scheme, heartbeat, grace)
+        return _database(text, scheme, math.ceil(heartbeat), math.ceil(grace))
 
 
 def _journal(path: Path, lock: int) -> BaseStorage:
@@ -83,7 +85,7 @@ def _journal(path: Path, lock: int) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(path), JournalFileSymlinkLock(str(path), lock)))
 
 
-def _proxy(text: str, within: float = 10.0) -> BaseStorage:
+def _proxy(text: str) -> BaseStorage:
     from optuna.storages import GrpcStorageProxy
 
     if importlib.util.find_spec("grpc") is None:
@@ -91,7 +93,7 @@ def _proxy(text: str, within: float = 10.0) -> BaseStorage:
     parts = urlsplit(text)
     proxy = GrpcStorageProxy(host=parts.hostname or "", port=parts.port or 0)
     try:
-        proxy.wait_server_ready(within)
+        proxy.wait_server_ready(ANSWER)
     except ConnectionError:
         remedy = "start one with optuna.storages.run_grpc_proxy_server"
         raise UserError(f"tuner.storage={text}: no proxy answers there: {remedy}") from None
@@ -106,6 +108,9 @@ def _database(text: str, scheme: str, heartbeat: int, grace: int) -> BaseStorage
     options: dict[str, Any] = {"pool_pre_ping": True}
     if scheme == "sqlite":
         options = {"connect_args": {"timeout": WAIT}}
+        folder = Path(text.partition(":///")[2]).parent
+        if not folder.is_dir():
+            raise UserError(f"tuner.storage={text}: the folder {folder} does not exist: make it first")
     else:
         driver, remedy = DRIVERS[scheme]
         if "+" not in text.partition(":")[0]:
