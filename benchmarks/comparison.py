@@ -29,11 +29,14 @@ from rwopt.search import NOTES, Search, report_metrics, verdict, versions
 
 ROOT = Path(__file__).resolve().parent
 QUICK = [
-    "task.train=6", "task.validation=8", "task.test=14", "task.steps=2", "tuner.trials=2", "tuner.control_trials=1",
-    "tuner.sampler=random", "analytic.rounds=1", "analytic.epochs=2", "analytic.cases=2", "probe.cases=4",
+    "task.train=6", "task.validation=8", "task.test=14", "task.steps=2", "tuner.trials=3", "tuner.dial_trials=1",
+    "tuner.control_trials=1", "tuner.sampler=random", "gradient.updates=1", "gradient.batch=4", "analytic.rounds=1",
+    "analytic.epochs=2", "analytic.cases=2", "probe.cases=4",
 ]  # fmt: skip
 FULL = ["task.validation=64", "task.test=256"]  # on top of the recipe
-SEEDED = ("constant", "learned")
+BLACK_BOX = ["tuner.name=optuna", "weights.group_by=kind", "weights.knots=3"]  # as many numbers as Optuna can handle
+SEEDED = ("constant", "black box", "learned")
+NOTES = {**NOTES, "black box": "9 weights (kind of branch x 3 noise levels) by Optuna instead of the gradient"}
 
 
 def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: bool) -> dict[str, Any]:
@@ -41,13 +44,19 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
     settings = config.load(recipe, [*overrides, "track.wandb=off"])
     with Bar() as bar:
         search = Search(settings, folder, bar)
-        shop, trials = search.shop, settings.tuner.trials
-        bar.start(search.evaluations + 2 * (seeds - 1) * trials)
-        dials, importance = search.guidance(), search.importance()
+        shop, dial_trials = search.shop, settings.tuner.dial_trials
+        trials = settings.tuner.trials if quick else 30
+        black_box = [*overrides, "track.wandb=off", *BLACK_BOX, f"tuner.trials={trials}"]
+        other = Search(config.load(recipe, black_box), folder / "black box", bar)
+        bar.start(search.evaluations + 2 * (seeds - 1) * (settings.tuner.trials + dial_trials)
+                  + seeds * (trials + dial_trials) + dial_trials)  # fmt: skip
+        dials = search.guidance()
         arms: dict[str, list[Arm]] = {arm.name: [arm] for arm in search.compared(dials)}
         for name in SEEDED:
+            who = other if name == "black box" else search
+            start, importance = who.guidance(), who.importance()
             arms[name] = [
-                search.learn(dials, importance, seed, f"{name} {seed}", constant=name == "constant")
+                who.learn(start, importance, seed, f"{name} {seed}", constant=name == "constant")
                 for seed in range(seeds)
             ]
         metrics = list(settings.objective.report)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rwopt.backprop import Path as Way
 from rwopt.config import DialSettings, Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, Scores, score
@@ -28,9 +29,11 @@ from rwopt.progress import Progress
 from rwopt.schedule import Schedule
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import Case, load_cases
-from rwopt.tuners import Candidate, Parameter, Trial
-from rwopt.tuners.loop import Outcome, Report, work
+from rwopt.tuners import Candidate, Parameter, Trial, Tuner
+from rwopt.tuners.gradient import GradientOptions, GradientTuner, Problem
+from rwopt.tuners.loop import Outcome, Report, ended, work
 from rwopt.tuners.optuna import OptunaTuner, Sharing
+from rwopt.tuners.spsa import SpsaTuner
 from rwopt.weights import WeightFunction
 
 
@@ -43,8 +46,8 @@ class Arm:
     schedule: Schedule | None = None
     train: float | None = None
     validation: float | None = None
-    evaluations: int = 0
-    calls: int = 0  # U-Net calls (batches of pictures) spent to find it, with what it started from
+    evaluations: int = 0  # candidates scored on train cases to find it, with those of the arms it started from
+    calls: int = 0  # U-Net calls (batches of pictures) spent likewise
     values: dict[str, float] = field(default_factory=dict)  # the chosen point of the box
     history: list[tuple[str, float]] = field(default_factory=list)  # (origin, score) of each trial
     note: str = ""
@@ -75,13 +78,6 @@ def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
     return box
 
 
-def near(parameter: Parameter, centre: float, share: float = 0.15) -> Parameter:
-    """The part of a dial's range within `share` of its width around `centre`.
-
-    Over the whole range, most candidates lose by their dials alone and say nothing of their weights.
-    """
-    reach = share * (parameter.high - parameter.low)
-    return replace(parameter, low=parameter.clip(centre - reach), high=parameter.clip(centre + reach))
 
 
 class Workshop:
@@ -165,27 +161,25 @@ class Workshop:
     def tune(
         self,
         name: str,
-        space: Sequence[Parameter],
+        study: str,
+        make: Callable[[str], Tuner],
         decode: Meaning,
-        starts: Mapping[str, Point],
         trials: int,
-        seed: int = 0,
-        study: str | None = None,
         note: str = "",
-        spent: int = 0,
+        spent: tuple[int, int] = (0, 0),
     ) -> Arm:
-        """Search the box on train cases; the best `top_k` are scored on validation cases, and the winner is the arm.
+        """Ask the tuner that `make(study)` opens for `trials` candidates, scored on train cases; the arm is what does
+        best on validation cases of the best `top_k`.
 
-        `study` lets two arms share (and continue) one study; `spent` U-Net calls went into the starts. Resumes from
-        `study.db`.
+        `study` lets two arms share (and continue) one study; `spent`: evaluations and U-Net calls that went into the
+        starts. Goes on where a killed run was.
         """
-        study = study or name
         done = self.kept(name)
         if done is not None:
             self._skip(name, study, trials)
             return done
-        tuner = self._optuna(study, space, decode, starts, trials, seed)
-        there = tuner.ended()
+        tuner = make(study)
+        there = ended(tuner)
         self._skip(name, study, len(there))
         known, finished, best = {t.candidate.number for t in there}, list[Trial](), -np.inf
 
@@ -209,9 +203,10 @@ class Workshop:
         before = self.model.calls
         chosen, outcome, choice = self.measure.choose(name, finished, decode, self.settings.tuner.top_k)
         assert outcome.scores is not None
-        calls = spent + sum(t.calls for t in tuner.ended()) + self.model.calls - before
+        tried = ended(tuner)  # with those given up, and what the tuner itself spent on its proposals
+        calls = spent[1] + sum(t.calls for t in tried) + self.model.calls - before
         return self.keep(Arm(
-            name, *decode(chosen.candidate.values), chosen.score, outcome.scores[0], len(tuner.ended()), calls,
+            name, *decode(chosen.candidate.values), chosen.score, outcome.scores[0], spent[0] + len(tried), calls,
             dict(chosen.candidate.values), [(t.candidate.origin, t.score) for t in finished], note, choice,
         ))  # fmt: skip
 
@@ -245,37 +240,69 @@ class Workshop:
 
     def tune_dials(
         self, name: str, schedule: Schedule | None, trials: int, starts: Mapping[str, Point], study: str | None = None,
-        note: str = "", spent: int = 0,
+        note: str = "", spent: tuple[int, int] = (0, 0),
     ) -> Arm:  # fmt: skip
         """The best guidance (and strength) for a given schedule."""
-        space = dial_box(self.settings.task.name, self.settings.dials)
+        space, seed = dial_box(self.settings.task.name, self.settings.dials), self.settings.tuner.seed
+        meaning = Meaning(self.base, schedule=schedule)
         return self.tune(
-            name, space, Meaning(self.base, schedule=schedule), starts, trials,
-            self.settings.tuner.seed, study, note, spent,
+            name, study or name, lambda study: self._optuna(study, space, meaning, starts, trials, seed), meaning,
+            trials, note, spent,
         )  # fmt: skip
 
     def tune_weights(
         self,
         name: str,
         function: WeightFunction,
-        centre: np.ndarray,
         dials: Dials,
         starts: Mapping[str, np.ndarray],
-        trials: int,
         seed: int,
         note: str = "",
-        spent: int = 0,
+        spent: tuple[int, int] = (0, 0),
     ) -> Arm:
-        """The best theta in `centre` +- radius (widened to hold theta = 0), with dials near the tuned ones."""
-        radius = self.settings.weights.radius
-        box = dial_box(self.settings.task.name, self.settings.dials)
-        space = [near(p, dials.to_dict()[p.name]) for p in box] + [
-            Parameter(n, min(c - radius, 0.0), max(c + radius, 0.0))
-            for n, c in zip(function.names, centre.tolist(), strict=True)
+        """The best theta at fixed dials. The box is each start +- radius; the `tuner` settings say who searches it."""
+        trials, radius = self.settings.tuner.trials, self.settings.weights.radius
+        points = {o: dict(zip(function.names, theta.tolist(), strict=True)) for o, theta in starts.items()}
+        span = np.array(list(starts.values()))
+        space = [
+            Parameter(n, low - radius, high + radius)
+            for n, low, high in zip(function.names, span.min(0).tolist(), span.max(0).tolist(), strict=True)
         ]
 
-        points = {
-            origin: {**dials.to_dict(), **dict(zip(function.names, theta.tolist(), strict=True))}
-            for origin, theta in starts.items()
-        }
-        return self.tune(name, space, Meaning(self.base, function), points, trials, seed, note=note, spent=spent)
+        meaning = Meaning(dials, function)
+
+        def make(study: str) -> Tuner:
+            kind = self.tuner_kind(function.dimension)
+            if kind == "optuna":
+                return self._optuna(study, space, meaning, points, trials, seed)
+            place = self.folder / "studies"
+            if kind == "spsa":
+                return SpsaTuner(study, space, place, trials, seed, points, self.fingerprint)
+            problem = Problem(function, self.task("train"), self.composites[OBJECTIVE], dials)
+            return GradientTuner(
+                study, space, problem, place, seed, points, self.fingerprint, gradient_options(self.settings)
+            )
+
+        return self.tune(name, name, make, meaning, trials, note, spent)
+
+    def tuner_kind(self, dimension: int) -> str:
+        """`tuner.name`; auto: gradient if every term of the objective has one, else by the number of weights.
+
+        Optuna where only Optuna can: other objectives than the recipe's mean, limits, giving up early.
+        """
+        wanted = self.settings.tuner
+        if wanted.name != "auto":
+            return wanted.name
+        if wanted.only_optuna:
+            return "optuna"
+        if all(term.spec.differentiable for term in self.composites[OBJECTIVE].objectives.values()):
+            return "gradient"
+        return "optuna" if dimension <= 30 else "spsa"
+
+
+def gradient_options(settings: Settings) -> GradientOptions:
+    """The recipe's `gradient` group for the tuner."""
+    g = settings.gradient
+    return GradientOptions(
+        Way(g.mode, g.last, g.stride), g.updates, g.batch, g.accumulate, g.rate, g.clip, g.pull, g.devices
+    )

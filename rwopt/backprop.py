@@ -22,9 +22,9 @@ from rwopt.models import Model
 from rwopt.objectives import Batch, Composite
 from rwopt.sampling import Condition, Weights, ddim_step, guide, predict
 from rwopt.tasks import Task
+from rwopt.tuners import GRADIENTS
 
 Reward = Callable[[Tensor], Tensor]  # final latents [N, C, h, w] -> scores [N], differentiable
-MODES = ("full", "truncated", "detached")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Path:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"gradient.mode={self.mode} is unknown: one of {', '.join(MODES)}")
+        if self.mode not in GRADIENTS:
+            raise UserError(f"gradient.mode={self.mode} is unknown: one of {', '.join(GRADIENTS)}")
         for name in ("last", "stride"):
             if getattr(self, name) < 1:
                 raise UserError(f"gradient.{name}={getattr(self, name)} must be at least 1")

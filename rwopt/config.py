@@ -17,7 +17,7 @@ from rwopt.errors import UserError
 from rwopt.files import package_folder
 from rwopt.probes import PROBES
 from rwopt.sites import GROUPINGS, KINDS
-from rwopt.tuners import SAMPLERS
+from rwopt.tuners import GRADIENTS, SAMPLERS, TUNERS
 from rwopt.tuners.storage import check_url
 
 
@@ -144,19 +144,24 @@ class ObjectiveSettings:
 
 @dataclass
 class TunerSettings:
-    """`trials` for each tuned arm; `control_trials` for the dials of a control; the best `top_k` see validation.
+    """`name`: who proposes weights, auto, gradient, optuna or spsa; `sampler`: Optuna's, for weights and for dials.
 
-    Optuna's alone. objectives: none for `objective.terms`' mean, else names ("objective" is that mean); of the Pareto
-    front of several the first decides among points whose others are no worse than the plain model's minus `slack`.
-    limits: {name: worst mean allowed}. prune: p-value below which a losing candidate is given up (0: never), looked at
-    after each `part` cases. storage: URL of a study that `rwopt worker` joins (none: study.db in the run folder);
-    heartbeat, grace: seconds between a worker's signs of life, and until one counts as gone.
+    trials: candidates of weights; dial_trials: of an arm's dials; control_trials: of a control's dials; the best
+    `top_k` of each see validation cases.
+
+    For Optuna alone: `objectives`: none for the mean of `objective.terms`, else names ("objective" is that mean); of
+    the Pareto front of several the first decides among points whose others are no worse than the plain model's minus
+    `slack`. limits: {name: worst mean allowed}. prune: p-value below which a losing candidate is given up (0: never),
+    looked at after each `part` cases. storage: URL of studies that `rwopt worker` joins (none: study.db in the run
+    folder); heartbeat, grace: seconds between a worker's signs of life, and until one counts as gone.
     """
 
+    name: str = "auto"
     sampler: str = "auto"
     trials: int = 40
+    dial_trials: int = 16
     control_trials: int = 8
-    top_k: int = 5
+    top_k: int = 4
     seed: int = 0
     objectives: list[str] = field(default_factory=list)
     slack: float = 0.0
@@ -168,13 +173,20 @@ class TunerSettings:
     grace: float = 60.0
 
     def __post_init__(self) -> None:
-        self._check_shared()
+        _one_of(TUNERS, "tuner.name", self.name)
         _one_of(SAMPLERS, "tuner.sampler", self.sampler)
-        for name in ("trials", "control_trials", "top_k"):
+        for name in ("trials", "dial_trials", "control_trials", "top_k"):
             _check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
+        self._check_optuna()
 
-    def _check_shared(self) -> None:
-        """What Optuna's tuner alone takes: several objectives, limits, early stopping, a storage that is shared."""
+    @property
+    def only_optuna(self) -> bool:
+        """Whether something is asked for that only Optuna's tuner can do."""
+        return bool(self.objectives or self.limits or self.prune)
+
+    def _check_optuna(self) -> None:
+        fits = self.name in ("auto", "optuna") or not self.only_optuna
+        _check(fits, "tuner.name", self.name, "takes no tuner.objectives, .limits and .prune: use tuner.name=optuna")
         if self.storage:
             check_url(self.storage)
         names = self.objectives
@@ -190,6 +202,37 @@ class TunerSettings:
         _check(1 <= self.heartbeat < math.inf, "tuner.heartbeat", self.heartbeat, "must be at least 1 (seconds)")
         fits = 2 * self.heartbeat <= self.grace < math.inf
         _check(fits, "tuner.grace", self.grace, f"must be at least twice tuner.heartbeat={self.heartbeat:g}")
+
+
+@dataclass
+class GradientSettings:
+    """For `tuner.name=gradient`: the way through the sampler, and Adam.
+
+    mode: full, truncated (the `last` steps) or detached (every `stride`-th step); updates: Adam steps from one scored
+    candidate to the next, each on `accumulate` x `batch` pictures; rate: step in log-gain; clip: largest gradient
+    norm; pull: weight of |theta - start|^2; devices: processes that share out the pictures.
+    """
+
+    mode: str = "full"
+    last: int = 2
+    stride: int = 1
+    updates: int = 5
+    batch: int = 32
+    accumulate: int = 1
+    rate: float = 0.05
+    clip: float = 1.0
+    pull: float = 0.0
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of(GRADIENTS, "gradient.mode", self.mode)
+        for name in ("last", "stride", "updates", "batch", "accumulate", "devices"):
+            _check(getattr(self, name) >= 1, f"gradient.{name}", getattr(self, name), "must be at least 1")
+        for name in ("rate", "clip"):
+            _check(0 < getattr(self, name) < math.inf, f"gradient.{name}", getattr(self, name), "must be above 0")
+        _check(0 <= self.pull < math.inf, "gradient.pull", self.pull, "must be 0 or more")
+        fits = self.accumulate >= self.devices
+        _check(fits, "gradient.accumulate", self.accumulate, f"must be at least gradient.devices={self.devices}")
 
 
 @dataclass
@@ -215,6 +258,7 @@ class Settings:
     analytic: AnalyticSettings = field(default_factory=AnalyticSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     tuner: TunerSettings = field(default_factory=TunerSettings)
+    gradient: GradientSettings = field(default_factory=GradientSettings)
     track: TrackSettings = field(default_factory=TrackSettings)
 
 

@@ -94,9 +94,9 @@ class Search:
     @property
     def evaluations(self) -> int:
         """Candidate evaluations of a whole run, for the progress bar."""
-        tuner = self.settings.tuner
-        # dials; best guidance, which goes on from the dials' trials with as many again; analytic; constant; learned
-        return 5 * tuner.trials + len(CONTROLS) * tuner.control_trials
+        t = self.settings.tuner
+        # best guidance, dials included; analytic; constant and learned; controls
+        return 4 * (t.trials + t.dial_trials) + t.dial_trials + len(CONTROLS) * t.control_trials
 
     # stages
 
@@ -123,11 +123,12 @@ class Search:
     def guidance(self) -> Arm:
         """Tuned dials without a schedule; every other tuned arm starts from them."""
         dials = self.shop.base.to_dict()
-        return self.shop.tune_dials("dials", None, self.settings.tuner.trials, {"recipe": dials}, study="guidance")
+        trials = self.settings.tuner.dial_trials
+        return self.shop.tune_dials("dials", None, trials, {"recipe": dials}, study="guidance")
 
     def best_guidance(self, start: Arm) -> Arm:
-        """The same study with twice the evaluations: what a learned arm gets, its start included."""
-        trials = 2 * self.settings.tuner.trials
+        """The same study, gone on with until it has had as many evaluations as a learned arm, its start included."""
+        trials = self.settings.tuner.trials + 2 * self.settings.tuner.dial_trials
         return self.shop.tune_dials(
             "best guidance", None, trials, {"recipe": start.dials.to_dict()}, "guidance", NOTES["best guidance"]
         )
@@ -156,9 +157,10 @@ class Search:
         """Every arm that learns no weights: plain, best guidance, the published schedules and their controls."""
         arms = [self.shop.fixed("plain", note=NOTES["plain"]), self.best_guidance(dials)]
         starts = {"guidance": dials.dials.to_dict(), "recipe": self.shop.base.to_dict()}
+        tuner = self.settings.tuner
         for name, schedule in self.published().items():
-            trials = self.settings.tuner.trials if name == "analytic" else self.settings.tuner.control_trials
-            spent = dials.calls + self.price(name)
+            trials = tuner.trials + tuner.dial_trials if name == "analytic" else tuner.control_trials
+            spent = (dials.evaluations, dials.calls + self.price(name))
             arms.append(self.shop.tune_dials(name, schedule, trials, starts, note=NOTES[name], spent=spent))
         return arms
 
@@ -183,16 +185,18 @@ class Search:
     def learn(
         self, dials: Arm, importance: Importance, seed: int, name: str = "learned", constant: bool = False
     ) -> Arm:
-        """The learned arm, or its constant control: the same box, starts and number of evaluations."""
+        """The learned arm, or its constant control: weights at the tuned dials, then dials for these weights."""
         function = self.functions()[1 if constant else 0]
         start = function.fit(
             baselines.ranked_schedule(importance, self.settings.probe.low, self.settings.probe.high)
         )
-        return self.shop.tune_weights(
-            name, function, start, dials.dials,
-            {"plain": np.zeros(function.dimension), "probe": start},
-            self.settings.tuner.trials, seed, NOTES["constant" if constant else "learned"],
-            spent=dials.calls + importance.calls,
+        weights = self.shop.tune_weights(
+            f"{name} weights", function, dials.dials, {"plain": np.zeros(function.dimension), "probe": start}, seed,
+            spent=(dials.evaluations, dials.calls + importance.calls),
+        )  # fmt: skip
+        return self.shop.tune_dials(
+            name, weights.schedule, self.settings.tuner.dial_trials, {"tuned": dials.dials.to_dict()},
+            note=NOTES["constant" if constant else "learned"], spent=(weights.evaluations, weights.calls),
         )  # fmt: skip
 
     def describe(self, arm: Arm, command: str) -> Schedule:
@@ -295,7 +299,9 @@ class Search:
         folder, by_name = self.folder, {a.name: a for a in arms}
         schedule_heatmap(schedule, folder / "schedule.png")
         importance_heatmap(importance, folder / "probe.png")
-        history = by_name["learned"].history
+        weights = self.shop.kept("learned weights")
+        assert weights is not None  # the learned arm was made of it
+        history = weights.history
         marks = {origin: i for i, (origin, _) in reversed(list(enumerate(history))) if origin != "sampler"}
         search_history([value for _, value in history], folder / "history.png", starts=marks)
         if not (folder / "grid.png").exists():

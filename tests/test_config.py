@@ -117,7 +117,9 @@ def test_wrong_types_are_refused(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["tuner.trials=0", "tuner.top_k=-1", "tuner.control_trials=0", "tuner.sampler=gpp", "task.steps=0", "task.test=0",
+    ["tuner.trials=0", "tuner.dial_trials=0", "tuner.name=gradent", "gradient.mode=half", "gradient.batch=0",
+     "gradient.rate=0", "gradient.pull=-1", "gradient.devices=2", "tuner.top_k=-1",
+     "tuner.control_trials=0", "tuner.sampler=gpp", "task.steps=0", "task.test=0",
      "task.name=edit", "task.method=sdedi", "dials.guidance_bounds=[3,2]", "dials.guidance_bounds=[1]",
      "dials.guidance_bounds=[1,2,3]", "dials.guidance_bounds=[1,.inf]", "dials.guidance=.nan",
      "dials.strength_bounds=[0.3,1.5]", "dials.strength_bounds=[0,1]", "dials.strength=0", "weights.knots=0",

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tiny import CONTROLS, SETTINGS, STUDIES, TRIALS, check_files, save_tiny_pipeline, scored_trials
+from helpers.tiny import (
+    CONTROLS,
+    DIAL_TRIALS,
+    SETTINGS,
+    STUDIES,
+    TRIALS,
+    check_files,
+    save_tiny_pipeline,
+    scored_trials,
+)
 from PIL import Image
 
 from rwopt import config
@@ -73,8 +82,9 @@ def test_evaluations_are_as_asked_and_as_counted(finished: Any) -> None:
     assert scored_trials(folder) == STUDIES
     assert search.evaluations == search.progress.done == search.progress.total == sum(STUDIES.values())
     counts = {name: arm(folder, name).evaluations for name in ARMS}
-    assert counts == {"plain": 0, "best guidance": 2 * TRIALS, "analytic": TRIALS, **dict.fromkeys(CONTROLS, 1),
-                      "constant": TRIALS, "learned": TRIALS}  # fmt: skip
+    same = TRIALS + 2 * DIAL_TRIALS  # what every tuned arm gets, the dials that it starts from included
+    tuned = dict.fromkeys(("best guidance", "analytic", "constant", "learned"), same)
+    assert counts == {"plain": 0, **tuned, **dict.fromkeys(CONTROLS, DIAL_TRIALS + 1)}
     with JsonlTracker(folder) as record:
         logged = [(r["study"], r["trial"]) for r in record.read("log")]
     assert len(logged) == len(set(logged)) == sum(STUDIES.values())
@@ -87,14 +97,19 @@ def test_prices_cover_the_start_the_probe_the_trials_and_the_validation(
     steps, calls = settings.task.steps, {row.name: row.calls for row in report.arms}
     dials = arm(folder, "dials")
     ranked = len({tuple(t) for t in dials.history})
-    assert dials.calls == steps * (TRIALS + ranked)
+    assert dials.calls == steps * (DIAL_TRIALS + ranked)
     files = ("importance", "votes", "gradient_norms")
     probes = {name: Importance.load(folder / f"{name}.json").calls for name in files}
     assert calls["plain"] == 0
-    assert calls["best guidance"] > steps * 2 * TRIALS
-    assert calls["analytic"] > dials.calls + probes["votes"] + steps * TRIALS
+    assert calls["best guidance"] > steps * (TRIALS + 2 * DIAL_TRIALS)
+    assert calls["analytic"] > dials.calls + probes["votes"] + steps * (TRIALS + DIAL_TRIALS)
     assert calls["gradient norm"] == dials.calls + probes["gradient_norms"] + steps * 2
-    assert calls["learned"] > dials.calls + probes["importance"] + steps * TRIALS
+    weights = arm(folder, "learned weights")
+    # an update: forward, its re-run, backward as two, on 1 or 2 of the 3 pictures that a batch call holds
+    updates = [-(-4 * steps * pictures // settings.task.train) for pictures in (1, 2)]
+    searched = steps * (TRIALS + len({score for _, score in weights.history}))  # train, and validation of the top k
+    assert weights.calls - (dials.calls + probes["importance"] + searched) in updates
+    assert calls["learned"] > weights.calls + steps * DIAL_TRIALS
 
 
 def test_the_plain_arm_is_untouched_and_dials_stay_in_their_box(finished: Any, settings: config.Settings) -> None:
@@ -115,11 +130,13 @@ def test_the_plain_arm_is_untouched_and_dials_stay_in_their_box(finished: Any, s
 
 def test_arms_start_where_they_should(finished: Any) -> None:
     folder, _, _ = finished
-    assert [origin for origin, _ in arm(folder, "dials").history] == ["recipe", "sampler", "sampler"]
-    assert [origin for origin, _ in arm(folder, "learned").history] == ["plain", "probe", "sampler"]
-    assert [origin for origin, _ in arm(folder, "constant").history] == ["plain", "probe", "sampler"]
+    assert [origin for origin, _ in arm(folder, "dials").history] == ["recipe", "sampler"]
+    assert [origin for origin, _ in arm(folder, "learned").history] == ["tuned", "sampler"]
+    for name in ("learned weights", "constant weights"):
+        assert [origin for origin, _ in arm(folder, name).history] == ["plain", "probe", "gradient"]
+        assert arm(folder, name).dials == arm(folder, "dials").dials
     best = max(score for _, score in arm(folder, "dials").history)
-    learned = dict(arm(folder, "learned").history)
+    learned = dict(arm(folder, "learned weights").history)
     assert learned["plain"] == pytest.approx(arm(folder, "dials").train, abs=1e-6)  # theta 0 with the tuned dials
     assert best >= arm(folder, "dials").train
 
@@ -128,16 +145,18 @@ def test_learned_weights_lie_in_their_box_and_constant_ones_are_constant(
     finished: Any, settings: config.Settings
 ) -> None:
     folder, search, _ = finished
-    learned, constant = arm(folder, "learned"), arm(folder, "constant")
+    learned, constant, weights = arm(folder, "learned"), arm(folder, "constant"), arm(folder, "learned weights")
     assert learned.schedule is not None
+    assert weights.schedule is not None
     assert constant.schedule is not None
     assert len(constant.schedule.sigmas) == 1
     assert len(learned.schedule.sigmas) == settings.weights.knots
     reach = settings.weights.radius + np.log(settings.probe.high)
     assert (np.abs(np.log(learned.schedule.weights)) <= reach + 1e-6).all()
     function = search.functions()[0]
-    theta = np.array([learned.values[name] for name in function.names])
-    np.testing.assert_allclose(function.table(theta), learned.schedule.weights, atol=1e-5)
+    theta = np.array([weights.values[name] for name in function.names])
+    np.testing.assert_allclose(function.table(theta), weights.schedule.weights, atol=1e-5)
+    np.testing.assert_array_equal(learned.schedule.weights, weights.schedule.weights)
     written = Schedule.load(folder / "schedule.json")
     np.testing.assert_allclose(written.weights, learned.schedule.weights, atol=1e-5)
     assert written.calibrated["num_inference_steps"] == settings.task.steps
@@ -184,12 +203,13 @@ def test_a_resumed_run_makes_only_what_is_missing(
 
     folder, _, report = finished
     part = shutil.copytree(folder, tmp_path / "run")
-    for name in ("arms/learned.json", "arms/learned.test.json", "schedule.json", "report.html", "grid.png"):
+    for name in ("arms/learned weights.json", "arms/learned.json", "arms/learned.test.json", "schedule.json",
+                 "report.html", "grid.png"):  # fmt: skip
         (part / name).unlink()
     search = Search(settings, part, Silent())
     again = search.run(COMMAND)
     assert again == report
-    assert 0 < search.shop.model.calls <= settings.task.steps * (TRIALS + 1 + 4)  # validation, one test, the grid
+    assert 0 < search.shop.model.calls <= settings.task.steps * (TRIALS + DIAL_TRIALS + 1 + 4)  # validation, test, grid
     assert (part / "schedule.json").read_bytes() == (folder / "schedule.json").read_bytes()
     assert scored_trials(part) == STUDIES
 
@@ -205,6 +225,27 @@ def test_the_same_seed_gives_the_same_schedule(finished: Any, settings: config.S
     assert new == old
     with pytest.raises(UserError, match="differs from this recipe"):
         Search(replace(settings, tuner=replace(settings.tuner, seed=1)), tmp_path / "run", Silent())
+
+
+@pytest.mark.parametrize(
+    ("change", "origins"),
+    [
+        (["tuner.name=optuna"], ["plain", "probe", "sampler"]),
+        (["tuner.name=spsa", "tuner.trials=5"], ["plain", "probe", "pair", "pair", "centre"]),
+        (["objective.terms.judge.accuracy=1"], ["plain", "probe", "sampler"]),  # auto: a term without gradient
+    ],
+)
+def test_other_tuners_search_the_same_box(
+    settings: config.Settings, tmp_path: Path, change: list[str], origins: list[str]
+) -> None:
+    few = ["weights.group_by=kind", "tuner.name=auto", *change]
+    other = config.load("editing", [*SETTINGS, f"model.name={settings.model.name}", *few])
+    search = Search(other, tmp_path / "run", Silent())
+    made = search.learn(search.guidance(), search.importance(), 0)
+    assert [origin for origin, _ in arm(tmp_path / "run", "learned weights").history][: len(origins)] == origins
+    assert made.schedule is not None
+    reach = other.weights.radius + np.log(other.probe.high)
+    assert (np.abs(np.log(made.schedule.weights)) <= reach + 1e-6).all()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Gradient ascent of a reward on the weight function's theta, as a Lightning loop. Imported only where it is used.
 
-Needs `lightning` (the extra `rwopt[gradient]`). The module's state is theta, Adam's moments and a count of updates;
+The module's state is theta, Adam's moments and a count of updates;
 what an update sees is a function of (seed, count) alone, so a run that is killed and resumed gives the same bits.
 """
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -79,7 +78,7 @@ class GradientTuner:
     """One study in `folder/<study>/`. `space` bounds theta (its other parameters, the dials, stay as they are).
 
     A trial's `calls` count its scoring and the updates before it: forward passes, their re-run and the backward pass
-    as two, in batches of the size in which candidates are scored. Raises `UserError` without `lightning`, and if the
+    as two, in batches of the size in which candidates are scored. Raises `UserError` if the
     folder belongs to another `fingerprint`. `log` gets reward, gradient norm and calls after each update.
     """
 
@@ -95,7 +94,6 @@ class GradientTuner:
         options: GradientOptions = GradientOptions(),
         log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        self._ascent = _ascent()
         self.problem, self.seed, self.options, self.log = problem, seed, options, log
         self.names = problem.function.names
         box = {p.name: (p.low, p.high) for p in space}
@@ -129,13 +127,15 @@ class GradientTuner:
         return self.table.trials()
 
     def _advance(self, updates: int) -> tuple[np.ndarray, int]:
+        from rwopt.tuners import ascent  # Lightning takes seconds to import
+
         function, model = self.problem.function, self.problem.model
         with Attachment(model.unet, function.sites, function.mode) as attachment:
-            module = self._ascent.Ascent(
+            module = ascent.Ascent(
                 self.problem, attachment, self._start(), self.bounds, self.options, self.seed
             )
-            self._ascent.ascend(module, updates, self.folder, self.options.devices, self.log)
-        state = self._ascent.read(self.folder / "last.ckpt")
+            ascent.ascend(module, updates, self.folder, self.options.devices, self.log)
+        state = ascent.read(self.folder / "last.ckpt")
         return state["theta"], state["calls"]
 
     def _start(self) -> np.ndarray:
@@ -147,13 +147,3 @@ class GradientTuner:
 
     def _values(self, theta: np.ndarray) -> dict[str, float]:
         return {**self.problem.values(), **dict(zip(self.names, theta.tolist(), strict=True))}
-
-
-def _ascent() -> Any:
-    try:
-        import lightning  # noqa: F401
-    except ImportError:
-        raise UserError("tuner=gradient needs lightning: pip install 'rwopt[gradient]'") from None
-    from rwopt.tuners import ascent
-
-    return ascent

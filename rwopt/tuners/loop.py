@@ -10,6 +10,7 @@ from functools import partial
 
 from rwopt.errors import UserError
 from rwopt.tuners import Candidate, Trial, Tuner
+from rwopt.tuners.leases import Ledger
 from rwopt.tuners.optuna import OptunaTuner
 
 Report = Callable[[Mapping[int, float]], bool]
@@ -46,7 +47,7 @@ def work(
     try:
         while True:
             table = shared.look() if shared else None
-            for trial in shared.ended(table) if shared else tuner.trials():
+            for trial in ended(tuner, table):
                 if trial.candidate.number not in seen:
                     seen.add(trial.candidate.number)
                     told(trial)
@@ -70,6 +71,11 @@ def work(
     finally:
         if shared:
             shared.release()
+
+
+def ended(tuner: Tuner, table: Ledger | None = None) -> list[Trial]:
+    """The trials that count: scored ones, and (score NaN) those that were given up."""
+    return tuner.ended(table) if isinstance(tuner, OptunaTuner) else tuner.trials()
 
 
 def _go_on(scores: Mapping[int, float]) -> bool:

@@ -16,13 +16,15 @@ from pathlib import Path
 from rwopt.arms import Arm
 from rwopt.models import EMBEDDED
 
-TRIALS, CONTROL_TRIALS = 3, 1
+TRIALS, DIAL_TRIALS, CONTROL_TRIALS = 3, 2, 1
 SETTINGS = ["task.train=3", "task.validation=3", "task.test=5", f"tuner.trials={TRIALS}", "tuner.sampler=random",
-            f"tuner.control_trials={CONTROL_TRIALS}", "task.steps=2", "analytic.rounds=1", "analytic.epochs=1",
+            f"tuner.dial_trials={DIAL_TRIALS}", f"tuner.control_trials={CONTROL_TRIALS}", "task.steps=2",
+            "weights.knots=2", "gradient.updates=1", "gradient.batch=2", "analytic.rounds=1", "analytic.epochs=1",
             "analytic.cases=2", "probe.cases=2", "track.wandb=off", "model.dtype=float32"]  # fmt: skip
 CONTROLS = ("gradient norm", "uniform mean", "reversed", "permuted sites", "permuted steps")
-STUDIES = {"guidance": 2 * TRIALS, "analytic": TRIALS, **dict.fromkeys(CONTROLS, CONTROL_TRIALS),
-           "constant": TRIALS, "learned": TRIALS}  # fmt: skip
+STUDIES = {"guidance": TRIALS + 2 * DIAL_TRIALS, "analytic": TRIALS + DIAL_TRIALS,
+           **dict.fromkeys(CONTROLS, CONTROL_TRIALS), "constant weights": TRIALS, "constant": DIAL_TRIALS,
+           "learned weights": TRIALS, "learned": DIAL_TRIALS}  # fmt: skip
 """Scored trials that a finished search leaves in each study."""
 
 
@@ -64,11 +66,14 @@ def rwopt(*arguments: object, **options: object) -> subprocess.Popen[str]:
 
 
 def scored_trials(folder: Path) -> dict[str, int]:
-    """Scored trials of each study in a run folder, read without Optuna."""
+    """Scored trials of each study in a run folder, read without Optuna and the tuners' own tables."""
     query = """select study_name, count(*) from studies join trials using (study_id)
                where state = 'COMPLETE' group by study_name"""
     with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True) as database:
-        return dict(database.execute(query).fetchall())
+        counts = dict(database.execute(query).fetchall())
+    for table in folder.glob("studies/*/trials.json"):
+        counts[table.parent.name] = sum(row["state"] == "done" for row in json.loads(table.read_text())["rows"])
+    return counts
 
 
 def check_files(folder: Path) -> int:

@@ -133,7 +133,6 @@ def test_the_forward_run_and_its_price(path: Path) -> None:
 
 # --- the tuner
 
-pytest.importorskip("lightning")
 
 
 Log = Callable[[dict[str, float]], None]
@@ -248,7 +247,7 @@ def test_two_processes_do_the_work_of_one(tmp_path: File) -> None:
     assert two[-1].calls == one[-1].calls
 
 
-def test_bad_options_are_refused(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_options_are_refused() -> None:
     with pytest.raises(UserError, match="one of full"):
         Path("half")
     with pytest.raises(UserError, match="at least 1"):
@@ -257,9 +256,6 @@ def test_bad_options_are_refused(tmp_path: File, monkeypatch: pytest.MonkeyPatch
         GradientOptions(batch=0)
     with pytest.raises(UserError, match="without work"):
         GradientOptions(accumulate=1, devices=2)
-    monkeypatch.setitem(sys.modules, "lightning", None)
-    with pytest.raises(UserError, match=r"rwopt\[gradient\]"):
-        make(tmp_path)
 
 
 def test_a_batch_is_cut_by_pictures() -> None:

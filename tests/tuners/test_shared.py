@@ -182,7 +182,7 @@ def test_a_lease_of_another_machine_counts_while_it_moves(tmp_path: Path, moves:
     number = storage.get_trial_id_from_study_id_trial_number(make._id, theirs.number)
     beats = 0
     end = time.monotonic() + 1.2
-    while time.monotonic() < end:
+    while time.monotonic() < end and make.study.get_trials()[theirs.number].state == TrialState.RUNNING:
         beats += moves
         storage.set_trial_user_attr(number, "lease", {**new_lease(), "place": "elsewhere", "key": "k", "beat": beats})
         make.look()
