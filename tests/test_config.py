@@ -199,7 +199,8 @@ def test_what_the_tuner_of_optuna_cannot_take(overrides: list[str], said: str) -
 
 
 def test_what_the_tuner_of_optuna_takes() -> None:
-    tuner = config.load("editing", ["tuner.name=optuna", "tuner.storage=journal:/a/b.log", "tuner.limits.source.ssim=0.5",
-                             "tuner.objectives=[objective,judge.distance]", "tuner.slack=0.01"]).tuner  # fmt: skip
+    given = ["tuner.name=optuna", "tuner.storage=journal:/a/b.log", "tuner.limits.source.ssim=0.5",
+             "tuner.objectives=[objective,judge.distance]", "tuner.slack=0.01"]  # fmt: skip
+    tuner = config.load("editing", given).tuner
     assert tuner.limits == {"source.ssim": 0.5}
     assert (tuner.objectives, tuner.storage, tuner.slack) == (["objective", "judge.distance"], "journal:/a/b.log", 0.01)

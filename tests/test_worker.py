@@ -36,7 +36,7 @@ def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     place = tmp_path_factory.mktemp("shared")
     folder, url = place / "run", f"sqlite:///{place / 'studies.db'}"
     search = rwopt("search", "recipe=editing", *SETTINGS, f"model.name={model}", "tuner.name=optuna",
-                   "tuner.trials=14", f"tuner.storage={url}", "--out", folder)  # fmt: skip
+                   "tuner.trials=8", f"tuner.storage={url}", "--out", folder)  # fmt: skip
     helper, victim = (rwopt("worker", "run", f"storage={url}", "--wait", 90) for _ in range(2))
     assert victim.stderr is not None
     assert re.search(r"run/.*: trial \d+", victim.stderr.readline())  # a line for each trial: it has done one
@@ -61,9 +61,9 @@ def test_the_search_ends_with_all_its_trials_and_files(shared: Run) -> None:
         assert states.count(TrialState.COMPLETE) == study.user_attrs["trials"]
         assert TrialState.RUNNING not in states
         workers |= {t.user_attrs["lease"]["pid"] for t in study.get_trials() if "lease" in t.user_attrs}
-    assert optuna.load_study(study_name="run/learned weights", storage=storage).user_attrs["trials"] == 14
+    assert optuna.load_study(study_name="run/learned weights", storage=storage).user_attrs["trials"] == 8
     assert len(workers) >= 2
-    assert Schedule.load(folder / "schedule.json").provenance["evaluations"] > 14
+    assert Schedule.load(folder / "schedule.json").provenance["evaluations"] > 8
     assert check_files(folder) > 20
     assert not (folder / "study.db").exists()
 
@@ -76,7 +76,7 @@ def test_a_worker_that_comes_late_has_nothing_to_do(shared: Run, capsys: pytest.
 
 
 def test_another_model_or_recipe_is_refused(shared: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, url, model = shared
+    _, url, model = shared
     other = shutil.copytree(model, tmp_path / "other")
     weights = next((other / "unet").glob("*.safetensors"))
     tensors = load_file(weights)
