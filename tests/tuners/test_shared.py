@@ -87,6 +87,18 @@ def test_no_more_is_handed_out_than_was_asked_for() -> None:
     assert b.claim() is None
     with pytest.raises(UserError, match="has its 3 trials"):
         a.propose()
+    assert len(check_table(a.storage, 3)) == len(a.study.get_trials()) == 3  # nobody tried and was turned away
+
+
+def test_of_two_that_look_at_once_one_gets_the_last_place() -> None:
+    a, b = crew(2, 3)
+    held = [a.claim(), a.claim()]
+    seen_by_a, seen_by_b = a.look(), b.look()
+    last = a.claim(seen_by_a)
+    assert last is not None
+    assert b.claim(seen_by_b) is None
+    assert [t.user_attrs.get("reason") for t in a.study.get_trials()] == [None, None, None, "surplus"]
+    observe(a, [*held, last])
     assert len(check_table(a.storage, 3)) == 3
 
 
