@@ -78,8 +78,6 @@ def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
     return box
 
 
-
-
 class Workshop:
     """Model, tasks and objective of one recipe, with a folder in which arms are found and kept."""
 
@@ -103,12 +101,11 @@ class Workshop:
         wanted = self.settings.task
         return load_cases(wanted.cases, split, wanted.name, getattr(wanted, split))
 
-    def prepare(self, cases: Sequence[Case]) -> Task:
-        """The recipe's task on some cases; each has the same start noise in whatever company."""
+    def prepare(self, cases: Sequence[Case], draws: int | None = None) -> Task:
+        """The recipe's task on some cases; each has the same start noises in whatever company."""
         wanted = self.settings.task
-        return make_task(
-            wanted.name, self.model, cases, wanted.steps, wanted.draws, wanted.batch, wanted.method, self.base
-        )
+        draws = wanted.draws if draws is None else draws
+        return make_task(wanted.name, self.model, cases, wanted.steps, draws, wanted.batch, wanted.method, self.base)
 
     def task(self, split: str) -> Task:
         """The prepared task of one split, made when first asked for."""
@@ -178,7 +175,10 @@ class Workshop:
         if done is not None:
             self._skip(name, study, trials)
             return done
+        self.task("train")  # made first: its own calls are nobody's
+        before = self.model.calls
         tuner = make(study)
+        opening = self.model.calls - before
         there = ended(tuner)
         self._skip(name, study, len(there))
         known, finished, best = {t.candidate.number for t in there}, list[Trial](), -np.inf
@@ -197,14 +197,13 @@ class Workshop:
         def evaluate(candidate: Candidate, report: Report) -> Outcome:
             return self.measure.train(*decode(candidate.values), candidate.number, report)
 
-        self.task("train")  # made first: its own calls are nobody's
         work(tuner, trials, evaluate, told, f"arm {name}")
         self.task("validation")
         before = self.model.calls
         chosen, outcome, choice = self.measure.choose(name, finished, decode, self.settings.tuner.top_k)
         assert outcome.scores is not None
         tried = ended(tuner)  # with those given up, and what the tuner itself spent on its proposals
-        calls = spent[1] + sum(t.calls for t in tried) + self.model.calls - before
+        calls = spent[1] + opening + sum(t.calls for t in tried) + self.model.calls - before
         return self.keep(Arm(
             name, *decode(chosen.candidate.values), chosen.score, outcome.scores[0], spent[0] + len(tried), calls,
             dict(chosen.candidate.values), [(t.candidate.origin, t.score) for t in finished], note, choice,
@@ -278,7 +277,8 @@ class Workshop:
             place = self.folder / "studies"
             if kind == "spsa":
                 return SpsaTuner(study, space, place, trials, seed, points, self.fingerprint)
-            problem = Problem(function, self.task("train"), self.composites[OBJECTIVE], dials)
+            task = self.prepare(self.cases("train"), self.settings.gradient.draws)
+            problem = Problem(function, task, self.composites[OBJECTIVE], dials)
             return GradientTuner(
                 study, space, problem, place, seed, points, self.fingerprint, gradient_options(self.settings)
             )

@@ -208,14 +208,16 @@ class TunerSettings:
 class GradientSettings:
     """For `tuner.name=gradient`: the way through the sampler, and Adam.
 
-    mode: full, truncated (the `last` steps) or detached (every `stride`-th step); updates: Adam steps from one scored
-    candidate to the next, each on `accumulate` x `batch` pictures; rate: step in log-gain; clip: largest gradient
-    norm; pull: weight of |theta - start|^2; devices: processes that share out the pictures.
+    mode: full, truncated (the `last` steps) or detached (every `stride`-th step); draws: start noises of each train
+    case that it sees, so that it does not learn those of the scored ones by heart; updates: Adam steps from one
+    scored candidate to the next, each on `accumulate` x `batch` pictures; rate: step in log-gain; clip: largest
+    gradient norm; pull: weight of |theta - start|^2; devices: processes that share out the pictures.
     """
 
     mode: str = "full"
     last: int = 2
     stride: int = 1
+    draws: int = 4
     updates: int = 5
     batch: int = 32
     accumulate: int = 1
@@ -226,7 +228,7 @@ class GradientSettings:
 
     def __post_init__(self) -> None:
         _one_of(GRADIENTS, "gradient.mode", self.mode)
-        for name in ("last", "stride", "updates", "batch", "accumulate", "devices"):
+        for name in ("last", "stride", "draws", "updates", "batch", "accumulate", "devices"):
             _check(getattr(self, name) >= 1, f"gradient.{name}", getattr(self, name), "must be at least 1")
         for name in ("rate", "clip"):
             _check(0 < getattr(self, name) < math.inf, f"gradient.{name}", getattr(self, name), "must be above 0")

@@ -19,8 +19,9 @@ from rwopt.models import EMBEDDED
 TRIALS, DIAL_TRIALS, CONTROL_TRIALS = 3, 2, 1
 SETTINGS = ["task.train=3", "task.validation=3", "task.test=5", f"tuner.trials={TRIALS}", "tuner.sampler=random",
             f"tuner.dial_trials={DIAL_TRIALS}", f"tuner.control_trials={CONTROL_TRIALS}", "task.steps=2",
-            "weights.knots=2", "gradient.updates=1", "gradient.batch=2", "analytic.rounds=1", "analytic.epochs=1",
-            "analytic.cases=2", "probe.cases=2", "track.wandb=off", "model.dtype=float32"]  # fmt: skip
+            "weights.knots=2", "gradient.updates=1", "gradient.batch=2", "gradient.draws=2", "analytic.rounds=1",
+            "analytic.epochs=1", "analytic.cases=2", "probe.cases=2", "track.wandb=off",
+            "model.dtype=float32"]  # fmt: skip
 CONTROLS = ("gradient norm", "uniform mean", "reversed", "permuted sites", "permuted steps")
 STUDIES = {"guidance": TRIALS + 2 * DIAL_TRIALS, "analytic": TRIALS + DIAL_TRIALS,
            **dict.fromkeys(CONTROLS, CONTROL_TRIALS), "constant weights": TRIALS, "constant": DIAL_TRIALS,

@@ -1,0 +1,118 @@
+"""Which weights are worth learning: groups of sites, knots, mode and bounds, each by the same gradient steps.
+
+`python benchmarks/variants.py [--quick] [--recipes editing generation] [key=value ...]`. All variants are learned on
+the train cases at the recipe's own dials, from the plain model, and scored on the validation cases against the plain
+model at the same dials: a choice among them must not see the test cases. Finished variants are kept in the run folder.
+
+Writes `benchmarks/results/variants.json` (rows: task, variant, numbers, calls, metric, mean, low, high, win_rate, p;
+differences to the plain model) and the tables of `docs/weights.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comparison import ROOT, into
+
+from rwopt import config
+from rwopt.cli import _quiet
+from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
+from rwopt.files import write_text
+from rwopt.progress import Bar
+from rwopt.search import Search, versions
+
+VARIANTS: dict[str, list[str]] = {
+    "7 transformers, mode output": ["weights.kinds=[transformer]", "weights.mode=output"],
+    "7 transformers": ["weights.kinds=[transformer]"],
+    "3 kinds of branch": ["weights.group_by=kind"],
+    "3 stages x 3 kinds": ["weights.group_by=stage_kind"],
+    "21 branches, constant": ["weights.knots=1"],
+    "21 branches, 2 knots": ["weights.knots=2"],
+    "21 branches (the recipe)": [],
+    "21 branches, half the radius": ["weights.radius=0.4"],
+    "21 branches, twice the radius": ["weights.radius=1.6"],
+}
+METRICS = {
+    "editing": [OBJECTIVE, HELD_OUT, "judge.success_accuracy", "judge.realism", "truth.psnr"],
+    "generation": [OBJECTIVE, HELD_OUT, "judge.accuracy", "judge.realism", "judge.identity"],
+}
+QUICK = ["task.train=4", "task.validation=6", "task.steps=2", "gradient.batch=4", "gradient.updates=1",
+         "tuner.trials=3"]  # fmt: skip
+
+
+def rows_of(
+    recipe: str, overrides: Sequence[str], folder: Path, bar: Bar, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """All variants on one recipe."""
+    metrics, rows = METRICS[recipe], []
+    for name in names:
+        settings = config.load(recipe, [*overrides, *VARIANTS[name], "track.wandb=off"])
+        search = Search(settings, folder / name.replace(" ", "-"), bar)
+        shop, function = search.shop, search.functions()[0]
+        plain = shop.fixed("plain")
+        learned = shop.tune_weights(name, function, shop.base, {"plain": np.zeros(function.dimension)}, seed=0)
+        reported = [m for m in metrics if m not in (OBJECTIVE, HELD_OUT)]
+        scores = [[shop.test(arm, reported, "validation")] for arm in (learned, plain)]
+        for metric in metrics:
+            p = compare(*scores, metric, (name, "plain"), metric == OBJECTIVE, "validation")
+            rows.append({
+                "task": recipe, "variant": name, "numbers": function.dimension, "calls": learned.calls,
+                "metric": metric, "mean": p.mean, "low": p.low, "high": p.high, "win_rate": p.win_rate, "p": p.p,
+                "cases": p.cases,
+            })  # fmt: skip
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]], task: str, command: str) -> str:
+    """One line a variant, as docs/weights.md shows them."""
+    metrics = METRICS[task]
+    lines = ["| weights | numbers | U-Net calls | " + " | ".join(metrics) + " |", "|---" * (3 + len(metrics)) + "|"]
+    mine = [r for r in rows if r["task"] == task]
+    for name in dict.fromkeys(r["variant"] for r in mine):
+        table = {r["metric"]: r for r in mine if r["variant"] == name}
+        cells = []
+        for m in metrics:
+            r, digits = table[m], 2 if m == "truth.psnr" else 3
+            text = f"{r['mean']:+.{digits}f} [{r['low']:+.{digits}f}, {r['high']:+.{digits}f}]"
+            cells.append(f"**{text}**" if r["low"] > 0 or r["high"] < 0 else text)
+        first = table[metrics[0]]
+        lines.append(f"| {name} | {first['numbers']} | {first['calls']} | " + " | ".join(cells) + " |")
+    below = f"{mine[0]['cases']} validation cases, minus the plain model at the same dials. `{command}`"
+    return "\n".join([*lines, "", below])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under a minute: one task, three variants, few cases")
+    parser.add_argument("--recipes", nargs="+", default=["editing", "generation"], choices=list(METRICS))
+    parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-variants)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    names, recipes, given = list(VARIANTS), args.recipes, ["task.validation=128", *args.overrides]
+    if args.quick:
+        names, recipes, given = names[4:7], recipes[:1], [*QUICK, *args.overrides]
+    _quiet()
+    name = "variants-quick" if args.quick else "variants"
+    folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
+    rows: list[dict[str, Any]] = []
+    with Bar() as bar:
+        bar.start(len(recipes) * len(names) * config.load(recipes[0], given).tuner.trials)
+        for recipe in recipes:
+            rows += rows_of(recipe, given, folder / recipe, bar, names)
+    command = "python benchmarks/variants.py" + (" --quick" if args.quick else "")
+    result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
+    write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    for recipe in recipes:
+        text = markdown(rows, recipe, command)
+        print(text)
+        if not args.quick:
+            into(ROOT.parent / "docs" / "weights.md", recipe, text)
+
+
+if __name__ == "__main__":
+    main()
