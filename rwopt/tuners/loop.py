@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from optuna.exceptions import StorageInternalError
+
 from rwopt.errors import UserError
 from rwopt.tuners import Candidate, Trial, Tuner
 from rwopt.tuners.leases import Ledger
@@ -40,8 +42,24 @@ def work(
     """Evaluate candidates until the study has `trials`, or all that it was asked for; the number that this loop ended.
 
     told: called once for each trial that is scored or was stopped early (score NaN), whoever evaluated it, first for
-    those that are there already. Raises `UserError` if more candidates than that had no finite score.
+    those that are there already. Raises `UserError` if more candidates than that had no finite score, or if the
+    storage fails.
     """
+    try:
+        return _work(tuner, trials, evaluate, told, name, pause)
+    except StorageInternalError as error:
+        why = " ".join(str(error.__cause__ or error).split("\n", 1)[0].split())
+        raise UserError(f"{name}: the study's storage failed ({why}): start again, scored trials are kept") from None
+
+
+def _work(
+    tuner: Tuner,
+    trials: int,
+    evaluate: Callable[[Candidate, Report], Outcome],
+    told: Callable[[Trial], None],
+    name: str,
+    pause: float,
+) -> int:
     seen, done, failed = set[int](), 0, 0
     shared = tuner if isinstance(tuner, OptunaTuner) else None
     try:

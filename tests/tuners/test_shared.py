@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from rwopt.errors import UserError
 from rwopt.schedule import Schedule
 from rwopt.tuners import Candidate
 from rwopt.tuners.leases import RETRIES, Ledger, gone, new_lease, process_start
-from rwopt.tuners.loop import Outcome, work
+from rwopt.tuners.loop import Outcome, Report, work
 from rwopt.tuners.optuna import OptunaTuner
 from rwopt.tuners.storage import open_storage
 from rwopt.weights import WeightFunction
@@ -201,6 +202,20 @@ def test_a_lease_of_another_machine_counts_while_it_moves(tmp_path: Path, moves:
         time.sleep(0.1)
     state = make.study.get_trials()[theirs.number].state
     assert state == (TrialState.RUNNING if moves else TrialState.FAIL)
+
+
+def test_a_storage_that_fails_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    tuner = open_tuner(f"sqlite:///{path}", 3)
+
+    def evaluate(candidate: Candidate, report: Report) -> Outcome:
+        with sqlite3.connect(path) as database:
+            database.execute("drop table trial_values")
+        return Outcome((1.0,))
+
+    with pytest.raises(UserError, match=r"run: the study's storage failed .*trial_values.*start again") as caught:
+        work(tuner, 3, evaluate, name="run")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_process_is_known_by_more_than_its_number() -> None:
