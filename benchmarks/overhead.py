@@ -1,25 +1,36 @@
 """What a schedule costs: U-Net calls with and without it, paired, on this machine.
 
-`python benchmarks/overhead.py [--quick]`. Full size: Stable Diffusion 1.5 at 512 x 512 and XL at 1024 x 1024, random
-weights (the cost does not depend on them). Each round times one call of every method in a new random order; a ratio is
-that method's call over the plain call of its round. Given are the median ratio and its 95 % interval (bootstrap over
-rounds). Also the number of graphs and recompilations under `torch.compile` over 50 steps. The numbers go to
-`benchmarks/results/overhead.json`; --quick (small U-Nets, under a minute) writes the same file and says so in it.
+`python benchmarks/overhead.py [--quick] [--model SD1.5] [--rounds N]`. Full size: Stable Diffusion 1.5 at 512 x 512 and
+XL at 1024 x 1024, random weights (the cost does not depend on them), bfloat16, one thread.
+
+How a small cost is seen on a shared machine: the clock is the thread's processor time; every call of a method stands
+between two plain calls and is compared with their mean; and each call is cut into its layers' segments (about 60), so
+that a disturbance spoils one segment of one round, which the median over rounds drops. A ratio is the mean of the
+segments' median ratios, weighed by their share of a plain call; its 95 % interval resamples rounds. `own` is a second,
+direct measurement: 1 + processor time inside of the method's own code / the rest of the call.
+
+Also the number of graphs and recompilations under `torch.compile` over 50 steps. Numbers go to
+`benchmarks/results/overhead.json`; those of --quick (small U-Nets, under a minute) to `overhead-quick.json`, which is
+no evidence and not kept. One model alone replaces its rows. Full run: see `minutes` in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.unets import unet_2d_blocks
+from numpy.typing import NDArray
 
 from rwopt.apply import apply
 from rwopt.files import write_text
@@ -30,6 +41,7 @@ from rwopt.sites import SITE_KINDS, list_sites
 ROOT = Path(__file__).resolve().parent
 NOISE = {"beta_schedule": "scaled_linear"}
 CONSTANTS = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
+SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
 XL: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -39,20 +51,62 @@ XL: dict[str, Any] = {
     "cross_attention_dim": 2048,
     "use_linear_projection": True,
 }
-SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
+PLAN = {"SD1.5": ("SD1.5, 512 x 512", SD15, 64, 24), "SDXL": ("SDXL, 1024 x 1024", XL, 128, 6)}
+PLAIN = "plain"
+Floats = NDArray[np.float64]
+
+
+class Clock:
+    """Processor time of the segments of a call, and what of it is spent in wrapped code."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+        self.own = 0.0
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.own += time.thread_time() - start
+
+        return timed
+
+    @contextmanager
+    def on(self, unet: Any, own: bool) -> Iterator[None]:
+        """Stamp the end of every layer, behind the method's own hooks; `own`: all hooks there are the method's."""
+        if own:
+            for module in unet.modules():
+                for table in (module._forward_hooks, module._forward_pre_hooks):
+                    for key in list(table):
+                        table[key] = self.wrap(table[key])
+        stamp = lambda *_: self.stamps.append(time.thread_time())  # noqa: E731
+        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+        families = ("resnets", "attentions", "downsamplers", "upsamplers")
+        layers = [layer for block in blocks for name in families for layer in getattr(block, name, None) or ()]
+        hooks = [layer.register_forward_hook(stamp) for layer in (unet.conv_in, *layers)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class Enabled(AbstractContextManager[None]):
     """FreeU as diffusers has it, without a schedule."""
 
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
+    def __init__(self, unet: Any, clock: Clock) -> None:
+        self.unet, self.clock, self.original = unet, clock, unet_2d_blocks.apply_freeu
 
     def __enter__(self) -> None:
         self.unet.enable_freeu(**CONSTANTS)
+        unet_2d_blocks.apply_freeu = self.clock.wrap(self.original)
 
     def __exit__(self, *_: object) -> None:
         self.unet.disable_freeu()
+        unet_2d_blocks.apply_freeu = self.original
 
 
 def ramp(unet: Any, kinds: tuple[str, ...]) -> Schedule:
@@ -61,45 +115,73 @@ def ramp(unet: Any, kinds: tuple[str, ...]) -> Schedule:
     return Schedule(ids, np.array([12.0, 3.0, 0.5, 0.05]), weights, noise=NOISE)
 
 
-def ratios(unet: Any, size: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows (method, ratio, low, high) for one U-Net and latent side."""
+def measure(unet: Any, size: int, rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Rows (method, ratio, low, high, own, own_high) for one U-Net and latent side."""
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, size, size, generator=draw)
-    text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw)
-    methods = {
-        "plain": lambda: nullcontext(),
-        "plain again": lambda: nullcontext(),  # what the clock itself is worth
+    x = torch.randn(1, 4, size, size, generator=draw).to(dtype)
+    text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw).to(dtype)
+    clock, now = Clock(), torch.tensor(500)
+    methods: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "plain again": nullcontext,  # what the clock itself is worth
         "schedule, transformers": lambda: apply(unet, ramp(unet, ("transformer",))),
         "schedule, all kinds": lambda: apply(unet, ramp(unet, SITE_KINDS)),
-        "FreeU, diffusers": lambda: Enabled(unet),
+        "FreeU, diffusers": lambda: Enabled(unet, clock),
         "FreeU, as a schedule": lambda: apply(unet, freeu(unet, **CONSTANTS, noise=NOISE)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
+
+    def call(method: Callable[[], AbstractContextManager[Any]]) -> tuple[Floats, float, float]:
+        """Seconds of each segment, of the wall clock, and of the method's own code."""
+        with method(), clock.on(unet, own=method is not nullcontext):
+            wall = time.perf_counter()
+            clock.stamps, clock.own = [time.thread_time()], 0.0
+            unet(x, now, text)
+            clock.stamps.append(time.thread_time())
+            return np.diff(clock.stamps), time.perf_counter() - wall, clock.own
+
+    plain: list[Floats] = []
+    ratios: dict[str, list[Floats]] = {name: [] for name in methods}
+    own: dict[str, list[float]] = {name: [] for name in methods}
+    walls: dict[str, list[float]] = {name: [] for name in methods}
     rng = np.random.default_rng(0)
-    for round_ in range(rounds + 1):
+    for method in methods.values():  # warm up
+        call(method)
+    before, wall_before, _ = call(nullcontext)
+    for _ in range(rounds):
         for name in rng.permutation(list(methods)):
-            with methods[name]():
-                start = time.perf_counter()
-                unet(x, torch.tensor(500), text)
-                if round_:  # the first warms up
-                    seconds[name].append(time.perf_counter() - start)
-    plain = np.array(seconds["plain"])
+            segments, wall, inside = call(methods[name])
+            after, wall_after, _ = call(nullcontext)
+            ratios[name].append(2 * segments / (before + after))
+            walls[name].append(2 * wall / (wall_before + wall_after))
+            own[name].append(1 + inside / (segments.sum() - inside))
+            plain.append(after)
+            before, wall_before = after, wall_after
+    share = np.median(plain, axis=0)
+    seconds = float(share.sum())
+    share /= seconds
+    resampled = rng.integers(rounds, size=(4000, rounds))
     rows = []
     for name in methods:
-        each = np.array(seconds[name]) / plain
-        means = np.median(rng.choice(each, (4000, rounds)), axis=1)
-        low, high = np.quantile(means, [0.025, 0.975])
+        table = np.array(ratios[name])  # [rounds, segments]
+        draws = np.array([np.median(table[picked], axis=0) @ share for picked in resampled])
+        mine = np.array(own[name])
         rows.append(
             {
                 "method": name,
-                "ratio": round(float(np.median(each)), 5),
-                "low": round(float(low), 5),
-                "high": round(float(high), 5),
-                "seconds": round(float(np.median(seconds[name])), 4),
+                "ratio": _round(np.median(table, axis=0) @ share),
+                "low": _round(np.quantile(draws, 0.025)),
+                "high": _round(np.quantile(draws, 0.975)),
+                "own": _round(np.median(mine)),
+                "own_high": _round(mine.max()),
+                "wall": _round(np.median(walls[name])),
+                "plain_seconds": round(seconds, 3),
                 "rounds": rounds,
             }
         )
     return rows
+
+
+def _round(value: Any) -> float:
+    return round(float(value), 5)
 
 
 def compiled(steps: int = 50) -> dict[str, int]:
@@ -125,29 +207,50 @@ def small(config: dict[str, Any]) -> Any:
     return UNet2DConditionModel(**{**config, **changes}).eval()
 
 
+def full(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Made in `dtype` at once: SDXL in single precision would need 10 GB."""
+    standard = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return UNet2DConditionModel(**config).eval()
+    finally:
+        torch.set_default_dtype(standard)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small U-Nets, under a minute")
-    quick = parser.parse_args().quick
-    plan = [("SD1.5, 512 x 512", SD15, 64, 20), ("SDXL, 1024 x 1024", XL, 128, 5)]
-    rows = []
-    for name, config, size, rounds in plan:
-        unet = small(config) if quick else UNet2DConditionModel(**config).eval()
-        label = f"small {name.split(',')[0]}" if quick else name
-        rows += [{"model": label, **row} for row in ratios(unet, 16 if quick else size, 15 if quick else rounds)]
+    parser.add_argument("--quick", action="store_true", help="small U-Nets, under a minute, to overhead-quick.json")
+    parser.add_argument("--model", choices=PLAN, help="one model only; its rows are replaced")
+    parser.add_argument("--rounds", type=int, help="calls of each method (default: 24 and 6)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # so that the thread's processor time is all of the call's
+    dtype = torch.float32 if args.quick else torch.bfloat16
+    began, rows, seen = time.monotonic(), [], []
+    for key, (name, config, size, rounds) in PLAN.items():
+        if args.model not in (None, key):
+            continue
+        unet = small(config) if args.quick else full(config, dtype)
+        label = f"small {key}" if args.quick else name
+        seen.append(label)
+        for row in measure(unet, 32 if args.quick else size, args.rounds or (4 if args.quick else rounds), dtype):
+            rows.append({"model": label, **row})
+            print("{model:20} {method:24} {ratio:.4f} [{low:.4f}, {high:.4f}]   own {own:.4f}".format(**rows[-1]))
         del unet
+    path = ROOT / "results" / ("overhead-quick.json" if args.quick else "overhead.json")
+    if args.model and path.exists():
+        rows = [row for row in json.loads(path.read_text())["rows"] if row["model"] not in seen] + rows
     result = {
         "name": "overhead",
-        "command": "python benchmarks/overhead.py" + (" --quick" if quick else ""),
-        "quick": quick,
+        "command": "python benchmarks/overhead.py" + (" --quick" if args.quick else ""),
+        "quick": args.quick,
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "dtype": str(dtype).removeprefix("torch."),
+        "minutes": round((time.monotonic() - began) / 60, 1),
         "rows": rows,
         "compile": compiled(),
     }
-    path = write_text(ROOT / "results" / "overhead.json", json.dumps(result, indent=2) + "\n")
-    for row in rows:
-        print(f"{row['model']:24} {row['method']:24} {row['ratio']:.4f}  [{row['low']:.4f}, {row['high']:.4f}]")
+    write_text(path, json.dumps(result, indent=2) + "\n")
     print(f"compile: {result['compile']}\n{path}")
 
 

@@ -337,13 +337,15 @@ def _sites(args: argparse.Namespace) -> None:
     from rwopt.names import site_rows
 
     rows = site_rows(args.model)
-    columns = [n for n in rows[0] if n not in ("class", "stage") and any(row[n] for row in rows)]
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    narrow = ("class", "stage") if console.width < 190 else ()
+    columns = [n for n in rows[0] if n not in narrow and any(row[n] for row in rows)]
     table = Table(title=f"{len(rows)} sites of {args.model}, in execution order")
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(row[name] for name in columns))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console.print(table)
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -62,7 +62,8 @@ def _by_depth(schedule: Schedule, unet: nn.Module) -> tuple[list[str], Array]:
     for column in sorted(range(len(schedule.sites)), key=lambda c: _order(schedule.sites[c])):
         columns.setdefault(_family(schedule.sites[column]), []).append(column)
     targets: dict[tuple[str, str], list[str]] = {}
-    for site in list_sites(unet, ALL_KINDS):
+    present = list_sites(unet, ALL_KINDS)
+    for site in present:
         targets.setdefault(_family(site.id), []).append(site.id)
     found: dict[str, Any] = {}
     for family, members in columns.items():
@@ -73,8 +74,7 @@ def _by_depth(schedule: Schedule, unet: nn.Module) -> tuple[list[str], Array]:
             found[name] = [np.interp(place, depth, row) for row in schedule.weights[:, members]]
     if not found:
         raise UserError(f"no site of this {type(unet).__name__} corresponds to {schedule.sites[0]} and its like")
-    ordered = [name for names in targets.values() for name in names if name in found]
-    ordered.sort(key=_order)
+    ordered = [site.id for site in present if site.id in found]
     return ordered, np.array([found[name] for name in ordered]).T
 
 

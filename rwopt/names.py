@@ -100,9 +100,14 @@ def empty_unet(name: str | Path) -> Any:
     config = unet_config(name)
     kind = config.get("_class_name")
     if kind not in _UNETS:
-        raise UserError(f"{name} holds a {kind}, which has no sites: give one of {', '.join(sorted(_UNETS))}")
-    with torch.device("meta"):
-        return getattr(diffusers, kind).from_config(config)
+        what = f"a {kind}" if kind else "a configuration without _class_name"
+        raise UserError(f"{name} holds {what}, which has no sites: give one of {', '.join(sorted(_UNETS))}")
+    try:
+        with torch.device("meta"):
+            return getattr(diffusers, kind).from_config(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} describes a {kind} that cannot be built ({reason}): mend its config.json") from None
 
 
 def unet_config(name: str | Path) -> dict[str, Any]:
@@ -113,7 +118,12 @@ def unet_config(name: str | Path) -> dict[str, Any]:
         name = EMBEDDED
     for path in (Path(name) / "unet" / "config.json", Path(name) / "config.json"):
         if path.is_file():
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} is not JSON ({error}): give a folder that diffusers wrote") from None
+            if not isinstance(config, dict):
+                raise UserError(f"{path} is not a configuration: give a folder that diffusers wrote")
             return config
     if Path(name).exists():
         raise UserError(f"{name} holds no U-Net: give a folder with config.json or unet/config.json")

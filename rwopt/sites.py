@@ -9,7 +9,7 @@ off the live model, never from a table, so pruned and unusual networks are liste
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,10 @@ def list_sites(unet: nn.Module, kinds: Sequence[str] = ("transformer",)) -> list
         match = _PLACE.fullmatch(path)
         if match:
             side, block, family, index = match.groups()
-            order = (_STAGES.index(side or "mid"), int(block or 0), int(index), family == "attentions")
+            parent: Any = unet.get_submodule(path.rsplit(".", 2)[0])
+            late = family == "attentions" and side == "up" and hasattr(parent, "skip_norm")  # one, behind all resnets
+            place = len(parent.resnets) if late else int(index)
+            order = (_STAGES.index(side or "mid"), int(block or 0), place, family == "attentions")
             found.append((order, path, module))
     skips, factors, last = skip_channels(unet), _factors(unet), _last_place(unet)
     sites = []
@@ -114,12 +117,17 @@ def find_sites(unet: nn.Module, ids: Sequence[str]) -> list[Site]:
     known = {site.id: site for site in list_sites(unet, ALL_KINDS)}
     absent = [name for name in ids if name not in known]
     if absent:
-        whole = [site.id for site in known.values() if site.kind == "transformer"]
         raise UserError(
-            f"{len(absent)} of {len(ids)} sites are absent from this U-Net ({_short(absent)}): "
-            f"use a schedule made for it, or map it; it has {_short(whole or list(known))}"
+            f"{len(absent)} of {len(ids)} sites are absent from this U-Net ({short(absent)}): "
+            f"use a schedule made for it, or map it; it has {brief(known.values())}"
         )
     return [known[name] for name in ids]
+
+
+def brief(sites: Iterable[Site]) -> str:
+    """The transformer sites in short, or all if there are none."""
+    sites = list(sites)
+    return short([site.id for site in sites if site.kind == "transformer"] or [site.id for site in sites])
 
 
 def group_sites(sites: Sequence[Site], by: str) -> dict[str, list[int]]:
@@ -147,6 +155,11 @@ def branch_modules(transformer: nn.Module, kind: str) -> list[nn.Module]:
     return [module for module in modules if module is not None]
 
 
+def resnets_at(resnet: Any) -> list[Any]:
+    """The residual blocks at a place: two, one after the other, if it has frames."""
+    return [resnet.spatial_res_block, resnet.temporal_res_block] if hasattr(resnet, "spatial_res_block") else [resnet]
+
+
 def skip_channels(unet: Any) -> dict[str, tuple[int, int]]:
     """Path of each up-block resnet that a skip tensor joins -> channels of (stream, skip) in its input."""
     middle = getattr(unet, "mid_block", None)
@@ -162,7 +175,7 @@ def skip_channels(unet: Any) -> dict[str, tuple[int, int]]:
 
 
 def _resnet_channels(resnet: Any) -> tuple[int, int]:
-    inner = getattr(resnet, "spatial_res_block", resnet)  # of a SpatioTemporalResBlock
+    inner = resnets_at(resnet)[0]
     return inner.in_channels, inner.out_channels
 
 
@@ -205,7 +218,7 @@ def _last_place(unet: Any) -> str | None:
     return f"up_blocks.{len(unet.up_blocks) - 1}.{family}.{len(getattr(block, family)) - 1}"
 
 
-def _short(names: Sequence[str], limit: int = 4) -> str:
+def short(names: Sequence[str], limit: int = 4) -> str:
     """A list that fits into a one-line message."""
     if len(names) <= limit:
         return ", ".join(names)

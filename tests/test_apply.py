@@ -15,11 +15,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -29,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwopt.apply import Attachment, apply
 from rwopt.errors import UserError
-from rwopt.schedule import Schedule, noise_table, sigma_of, timestep_of
+from rwopt.schedule import Schedule, noise_table
 from rwopt.sites import KINDS, list_sites
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -360,56 +356,6 @@ def run(pipe: Any, steps: int = 5, guidance: float = 4.0, **extra: Any) -> Tenso
         generator=torch.Generator().manual_seed(0),
         **extra,
     ).images
-
-
-SAMPLERS: dict[str, Any] = {
-    "ddim": DDIMScheduler(**SD),
-    # At zero SNR epsilon says nothing about the picture (diffusers divides by 0), hence v-prediction.
-    "ddim zero snr": DDIMScheduler(
-        **SD, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
-    ),
-    "euler": EulerDiscreteScheduler(**SD),
-    "euler karras": EulerDiscreteScheduler(**SD, use_karras_sigmas=True, timestep_spacing="trailing"),
-    "dpm++ karras": DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True),
-    "pndm": PNDMScheduler(**SD, skip_prk_steps=True),
-    "heun": HeunDiscreteScheduler(**SD),
-}
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_each_call_is_looked_up_at_the_samplers_sigma(
-    tiny_unet: UNet2DConditionModel, sampler: str, guidance: float
-) -> None:
-    pipe = pipeline(tiny_unet, SAMPLERS[sampler])
-    plain = run(pipe, guidance=guidance)
-    spy = ramp(tiny_unet, Spy)
-    with apply(pipe, spy):
-        changed = run(pipe, guidance=guidance)
-    assert torch.equal(run(pipe, guidance=guidance), plain)
-    assert not torch.equal(changed, plain)
-
-    calls, scheduler = len(spy.seen), pipe.scheduler
-    assert calls == len(scheduler.timesteps) == {"pndm": 6, "heun": 9}.get(sampler, 5)
-    if hasattr(scheduler, "sigmas"):
-        expected = scheduler.sigmas[:calls].numpy()
-    else:
-        expected = sigma_of(scheduler.alphas_cumprod[scheduler.timesteps].numpy())
-    if sampler == "dpm++ karras":  # this sampler tells the U-Net a timestep that it rounded
-        table = sigma_of(scheduler.alphas_cumprod.numpy())
-        assert np.abs(timestep_of(spy.seen, table) - timestep_of(expected, table)).max() <= 0.5 + 1e-3
-    else:
-        np.testing.assert_allclose(spy.seen, expected, rtol=1e-4)
-
-
-def test_img2img_starts_late_at_the_right_sigma(tiny_unet: UNet2DConditionModel) -> None:
-    pipe = pipeline(tiny_unet, DDIMScheduler(**SD), StableDiffusionImg2ImgPipeline)
-    spy = ramp(tiny_unet, Spy)
-    with apply(pipe, spy):
-        run(pipe, steps=10, image=inputs(1)[0], strength=0.35)
-    expected = sigma_of(pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].numpy())
-    assert len(spy.seen) == 3
-    np.testing.assert_allclose(spy.seen, expected[-3:], rtol=1e-5)
 
 
 def test_a_pipeline_equals_a_loop_with_explicit_weights(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tiny import SETTINGS
+from helpers.tiny import SETTINGS, save_tiny_pipeline
 from PIL import Image
 
 from rwopt import cli, config
@@ -284,6 +284,39 @@ def test_sites_prints_every_id_whole(said: Any) -> None:
     for site in ("down_blocks.0.attentions.0.cross", "mid_block.attentions.0", "up_blocks.1.attentions.1.ff"):
         assert site in out
     assert "output_blocks.0.1" in out  # the LDM name of up_blocks.0.attentions.0
+    for name in ("Transformer2DModel", "down.1", "no effect in mode output"):
+        assert name in out
+
+
+def test_sites_of_a_pipelines_folder_and_of_a_unets(said: Any, here: Path) -> None:
+    save_tiny_pipeline(here / "pipe")
+    code, whole, _ = said("sites", "pipe")
+    assert code == 0
+    assert "up_blocks.1.attentions.1.cross" in whole
+    code, bare, _ = said("sites", "pipe/unet")
+    assert code == 0
+    assert bare.splitlines()[1:] == whole.splitlines()[1:]  # but for the title
+
+
+BAD_CONFIGS = {
+    "{": "is not JSON",
+    "[]": "is not a configuration",
+    "{}": "a configuration without _class_name",
+    '{"_class_name": "ControlNetModel"}': "a ControlNetModel, which has no sites",
+    '{"_class_name": "UNet2DConditionModel", "down_block_types": ["X"]}': "cannot be built",
+    '{"_class_name": "UNet2DModel", "block_out_channels": [7]}': "cannot be built",
+}
+
+
+@pytest.mark.parametrize("text", BAD_CONFIGS)
+def test_sites_of_a_bad_folder_is_one_line(said: Any, here: Path, text: str) -> None:
+    (here / "net").mkdir()
+    code, _, err = said("sites", "net")
+    assert (code, "holds no U-Net" in err) == (2, True)
+    (here / "net" / "config.json").write_text(text)
+    code, out, err = said("sites", "net")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert BAD_CONFIGS[text] in err
 
 
 def test_sites_of_nothing_says_what_to_give(said: Any, tmp_path: Path) -> None:

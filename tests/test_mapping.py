@@ -29,8 +29,10 @@ def ramp(unet: torch.nn.Module, kinds: tuple[str, ...] = ("transformer", "ff")) 
 def test_by_name_from_pictures_to_video_and_only_on_request() -> None:
     still, video = make("sd"), make("motion")
     schedule = ramp(still.unet)
-    with pytest.raises(UserError, match="made for a UNet2DConditionModel, this is a UNetMotionModel: map it"):
+    with pytest.raises(UserError, match=r"UNet2DConditionModel .*, this is a UNetMotionModel .*: map it") as error:
         apply(video.unet, schedule)
+    for part in (f"({schedule.sites[0]}, ", "8 in all), this is a", "up_blocks.1.attentions.1)"):  # of both, in short
+        assert part in str(error.value)
     mapped = map_schedule(schedule, video.unet)
     assert mapped.sites == schedule.sites
     assert np.array_equal(mapped.weights, schedule.weights)

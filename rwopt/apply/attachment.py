@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rwopt.apply.follow import Followed
 from rwopt.apply.join import weigh_join
-from rwopt.apply.rerun import Call, close_parts, guard_blocks, guard_resnets
+from rwopt.apply.rerun import Call, close_parts, guard_blocks, guard_resnets, position
 from rwopt.apply.scope import Scope, column_of, eager
 from rwopt.errors import UserError
 from rwopt.schedule import MODES
-from rwopt.sites import BRANCHES, Site, branch_modules, find_sites, skip_channels
+from rwopt.sites import BRANCHES, Site, branch_modules, find_sites, resnets_at, skip_channels
 
 
 class Attachment:
@@ -50,8 +51,10 @@ class Attachment:
         self.sites = tuple(sites)
         self.mode = mode
         self.key = f"rwopt_weights_{uuid.uuid4().hex}"  # not id(self): hooks may outlive a dropped attachment
+        self._takes_text = position(unet, "encoder_hidden_states") is not None
         self._scope = Scope(len(found))
         self._hooks: list[RemovableHandle] = []
+        self._followed: list[Followed] = []
         self._watch_calls()
         # Guards come first and are closed last: a part that is re-run has its weights while its own hooks run.
         guards = [guard_resnets(module, self._scope) for module in _modules(unet, found, "resnets")]
@@ -67,11 +70,8 @@ class Attachment:
             elif site.kind == "transformer":
                 self._weigh(module, column, _attention_input if mode == "residual" else None)
             elif site.kind == "resnet" and mode == "residual":
-                for name in ("spatial_res_block", "temporal_res_block"):  # two branches, if it has frames
-                    if hasattr(module, name):
-                        self._weigh(getattr(module, name), column, _shortcut)
-                if not hasattr(module, "spatial_res_block"):
-                    self._weigh(module, column, _shortcut)
+                for part in resnets_at(module):
+                    self._followed.append(Followed(part, "conv2", _scaling(self._scope, column)))
             elif site.kind == "resnet":
                 self._weigh(module, column, None)
             else:
@@ -96,7 +96,7 @@ class Attachment:
         """
         if weights is not None:
             kwargs |= self.carry(weights, len(x))
-        if encoder_hidden_states is not None:
+        if self._takes_text:  # None is given on: Kandinsky's text comes with `added_cond_kwargs`
             kwargs["encoder_hidden_states"] = encoder_hidden_states
         output: Tensor = self.unet(x, t, **kwargs, return_dict=True).sample
         return output
@@ -117,7 +117,10 @@ class Attachment:
         """Take the hooks off. May be called again."""
         for hook in self._hooks:
             hook.remove()
+        for layer in self._followed:
+            layer.remove()
         self._hooks.clear()
+        self._followed.clear()
 
     def __enter__(self) -> Attachment:
         return self
@@ -128,11 +131,13 @@ class Attachment:
     # The hooks are closures, not bound methods, so that copy.deepcopy(unet) works while they are on.
 
     def _watch_calls(self) -> None:
-        key, scope = self.key, self._scope
+        key, scope, followed = self.key, self._scope, self._followed
 
         @outside_graphs
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
             weights = kwargs.get(key)
+            for layer in followed:
+                layer.check() if torch.compiler.is_compiling() else layer.follow()
             if torch.compiler.is_compiling():
                 scope.traced = weights
             else:
@@ -190,6 +195,14 @@ class Attachment:
         self._hooks.append(resnet.register_forward_pre_hook(hook, with_kwargs=True))
 
 
+def _scaling(scope: Scope, column: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        weights = scope.read(y)
+        return None if weights is None else y * column_of(weights, column, y)
+
+    return hook
+
+
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook of the U-Net itself: `torch.compile(unet)` runs it in Python, and `unet.compile()` traces it.
 
@@ -202,13 +215,6 @@ def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
 def _attention_input(module: nn.Module, x: Tensor) -> Tensor:
     """What the site gives if its branch gives 0: an `Attention` may divide the sum."""
     divisor = getattr(module, "rescale_output_factor", 1.0)
-    return x if divisor == 1.0 else x / divisor
-
-
-def _shortcut(module: Any, x: Tensor) -> Tensor:
-    """The same of a resnet. Its 1 x 1 shortcut is computed again, since LoRA may wrap the layer at any time."""
-    x = x if module.conv_shortcut is None else module.conv_shortcut(x)
-    divisor = getattr(module, "output_scale_factor", 1.0)
     return x if divisor == 1.0 else x / divisor
 
 
@@ -232,6 +238,9 @@ def _refuse_compiled(unet: nn.Module, sites: Sequence[Site]) -> None:
         if site.kind in BRANCHES:
             blocks = unet.get_submodule(site.path).named_modules()
             hooked += [f"{site.path}.{name}" for name, _ in blocks if name.endswith(BRANCHES[site.kind])]
+        if site.kind == "resnet":
+            layers = unet.get_submodule(site.path).named_modules()
+            hooked += [f"{site.path}.{name}" for name, _ in layers if name.endswith("conv2")]
         if any(not name or f"{place}.".startswith(f"{name}.") for name in compiled for place in hooked):
             raise UserError(_COMPILED)
 

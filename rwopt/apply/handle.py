@@ -18,6 +18,7 @@ from rwopt.apply.rerun import Call
 from rwopt.apply.scope import eager, expand
 from rwopt.errors import UserError
 from rwopt.schedule import Array, Schedule, edm_noise, edm_scheduler, edm_sigma, noise_table, sigma_at, sigma_of
+from rwopt.sites import ALL_KINDS, brief, list_sites, short
 
 _PAIRED = {
     f"{family}{task}Pipeline"
@@ -25,6 +26,9 @@ _PAIRED = {
     for task in ("", "Img2Img", "Inpaint")
 } | {"AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline", "LatentConsistencyModelPipeline"}
 """Pipelines whose guided batch is [unconditional, conditional]. InstructPix2Pix, PAG and others have more parts."""
+
+_EDM = {"StableDiffusionLatentUpscalePipeline"}
+"""Pipelines that tell the U-Net 0.25 ln sigma, whatever their sampler counts in."""
 
 _tickets = itertools.count()
 _lookups: WeakValueDictionary[int, _Lookup] = WeakValueDictionary()
@@ -79,7 +83,10 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
     kind = getattr(unet, "_orig_mod", unet).__class__.__name__
     made_for = schedule.model.get("unet_class", kind)
     if made_for != kind:
-        raise UserError(f"the schedule was made for a {made_for}, this is a {kind}: map it with rwopt.mapping first")
+        raise UserError(
+            f"the schedule was made for a {made_for} ({short(schedule.sites)}), "
+            f"this is a {kind} ({brief(list_sites(unet, ALL_KINDS))}): map it with rwopt.mapping first"
+        )
     for other in _handles(unet):
         shared = getattr(other.target, "scheduler", None)
         if other.target is not target and shared is not None and shared is getattr(target, "scheduler", None):
@@ -189,7 +196,7 @@ def _noise_levels(target: Any, schedule: Schedule) -> Callable[[Array], Array]:
 
 
 def _levels(target: Any, schedule: Schedule, scheduler: Any, abar: Any) -> Callable[[Array], Array]:
-    if edm_scheduler(scheduler) or (scheduler is None and edm_noise(schedule.noise)):
+    if type(target).__name__ in _EDM or edm_scheduler(scheduler) or (scheduler is None and edm_noise(schedule.noise)):
         return edm_sigma
     if abar is not None:
         table = sigma_of(torch.as_tensor(abar).detach().cpu().numpy())

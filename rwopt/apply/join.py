@@ -26,7 +26,10 @@ def weigh_join(x: Tensor, stream: int, weights: Tensor, columns: Sequence[tuple[
         if kind == "skip":
             s = (s * w).to(x.dtype)
         elif kind == "low":
-            s = torch.where(w == 1, s, fourier_filter(s, threshold=1, scale=w))  # a filter that does nothing rounds
+            filtered = fourier_filter(s, threshold=1, scale=w)
+            # A filter that does nothing rounds, so at w = 1 the skip itself goes on, with the filter's gradient.
+            same = s + (filtered - filtered.detach()) if filtered.requires_grad else s
+            s = torch.where(w == 1, same, filtered)
         else:
             half = h.shape[1] // 2
             gain = w if kind == "backbone" else 1 + (w - 1) * _structure(h).to(w.dtype)

@@ -36,7 +36,7 @@ Hooks = tuple[list[RemovableHandle], list[nn.Module]]
 
 def guard_blocks(transformer: nn.Module, key: str, scope: Scope) -> Hooks:
     """For the branches of the transformer blocks at one place."""
-    carrier = _position(transformer, _CARRIER)
+    carrier = position(transformer, _CARRIER)
 
     def lade(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         if not _checkpoints(module):
@@ -51,7 +51,7 @@ def guard_blocks(transformer: nn.Module, key: str, scope: Scope) -> Hooks:
         return _replaced(args, kwargs, carrier, _CARRIER, {**carried, key: _Laden(None, scope.read(anchor))})
 
     blocks = [block for block in blocks_of(transformer) if block is not transformer]
-    place = _position(blocks[0], _CARRIER) if blocks else None
+    place = position(blocks[0], _CARRIER) if blocks else None
 
     def unlade(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
         carried = _argument(args, kwargs, place, _CARRIER)
@@ -68,7 +68,7 @@ def guard_blocks(transformer: nn.Module, key: str, scope: Scope) -> Hooks:
 
 def guard_resnets(block: nn.Module, scope: Scope) -> Hooks:
     """For the resnets of one down, middle or up block."""
-    place = _position(block, "temb")
+    place = position(block, "temb")
 
     def lade(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         if not _checkpoints(module):
@@ -126,7 +126,7 @@ def _checkpoints(module: nn.Module) -> bool:
     return bool(on)
 
 
-def _position(module: nn.Module, name: str) -> int | None:
+def position(module: nn.Module, name: str) -> int | None:
     """Of a parameter among the positional arguments of `module`; None if it has no such parameter."""
     names = list(inspect.signature(type(module).forward).parameters)
     return names.index(name) - 1 if name in names else None
