@@ -17,24 +17,24 @@ import numpy as np
 import torch
 
 from rwopt.backprop import Path as Way
-from rwopt.config import DialSettings, Settings
+from rwopt.config import DialSettings, Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, Scores, score
 from rwopt.files import write_text
+from rwopt.measure import Measure
 from rwopt.models import Model
 from rwopt.objectives import Composite, make_objective
+from rwopt.points import Meaning, Point
 from rwopt.progress import Progress
 from rwopt.schedule import Schedule
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import Case, load_cases
-from rwopt.tuners import Parameter, Trial, Tuner, top
+from rwopt.tuners import Candidate, Parameter, Trial, Tuner
 from rwopt.tuners.gradient import GradientOptions, GradientTuner, Problem
-from rwopt.tuners.optuna import OptunaTuner
+from rwopt.tuners.loop import Outcome, Report, ended, work
+from rwopt.tuners.optuna import OptunaTuner, Sharing
 from rwopt.tuners.spsa import SpsaTuner
 from rwopt.weights import WeightFunction
-
-Point = Mapping[str, float]
-Decode = Callable[[Point], tuple[Dials, Schedule | None]]
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Arm:
     values: dict[str, float] = field(default_factory=dict)  # the chosen point of the box
     history: list[tuple[str, float]] = field(default_factory=list)  # (origin, score) of each trial
     note: str = ""
+    choice: dict[str, Any] = field(default_factory=dict)  # rule, front, limits: see `rwopt.measure`
 
     def save(self, path: Path) -> None:
         data = {**asdict(self), "dials": self.dials.to_dict(), "schedule": None}
@@ -77,10 +78,6 @@ def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
     return box
 
 
-def to_dials(point: Point, base: Dials) -> Dials:
-    return Dials(point.get("guidance", base.guidance), point.get("strength", base.strength))
-
-
 class Workshop:
     """Model, tasks and objective of one recipe, with a folder in which arms are found and kept."""
 
@@ -95,6 +92,7 @@ class Workshop:
         self.composites = {OBJECTIVE: Composite(terms), HELD_OUT: Composite(held_out or terms)}
         self.base = Dials(settings.dials.guidance, settings.dials.strength)
         self.log: Callable[[dict[str, Any]], None] = lambda record: None
+        self.measure = Measure(self)
         self._tasks: dict[str, Task] = {}
         self._counted: dict[str, int] = {}  # trials of each study that the progress knows of
 
@@ -120,7 +118,9 @@ class Workshop:
         """Everything that the table shows must be measurable, or a long search would fail at its last step."""
         task, wanted = self._tasks[split], self.settings.objective
         given = task.describe(torch.zeros(len(task), 3, 1, 1))
-        for name in (*wanted.terms, *wanted.report):
+        for name in dict.fromkeys((*wanted.terms, *wanted.report, *self.measure.signs)):
+            if name == OBJECTIVE:
+                continue
             for need in sorted(make_objective(name).spec.needs):
                 if getattr(given, need) is None:
                     raise UserError(f"objective {name} needs {need}, which {task.name} cases ({split}) do not give")
@@ -160,7 +160,7 @@ class Workshop:
         name: str,
         study: str,
         make: Callable[[str], Tuner],
-        decode: Decode,
+        decode: Meaning,
         trials: int,
         note: str = "",
         spent: tuple[int, int] = (0, 0),
@@ -179,46 +179,57 @@ class Workshop:
         before = self.model.calls
         tuner = make(study)
         opening = self.model.calls - before
-        finished = tuner.trials()
-        self._skip(name, study, len(finished))
-        best, failures = -np.inf, 0
+        there = ended(tuner)
+        self._skip(name, study, len(there))
+        known, finished, best = {t.candidate.number for t in there}, list[Trial](), -np.inf
 
-        def record(trial: Trial) -> None:
+        def told(trial: Trial) -> None:
             nonlocal best
-            best = max(best, trial.score)
-            about = {"arm": name, "study": study, "trial": trial.candidate.number, "origin": trial.candidate.origin}
-            self.log({**about, "score": trial.score, "best": best})
+            if not np.isnan(trial.score):
+                finished.append(trial)
+                best = max(best, trial.score)
+                about = {"arm": name, "study": study, "trial": trial.candidate.number}
+                self.log({**about, "origin": trial.candidate.origin, "score": trial.score, "best": best})
+            if trial.candidate.number not in known:
+                self._counted[study] += 1
+                self.progress.advance(name, best)
 
-        for trial in finished:  # again, in case of a kill between the study and the log
-            record(trial)
-        while len(finished) < trials:
-            candidate, before = tuner.propose(), self.model.calls
-            value = self.value("train", *decode(candidate.values))
-            calls = self.model.calls - before
-            tuner.observe(candidate, value, calls)
-            if not np.isfinite(value):
-                failures += 1
-                if failures > trials:
-                    raise UserError(f"arm {name}: {failures} candidates had no finite objective; check objective.terms")
-                continue
-            finished.append(Trial(candidate, value, calls))
-            record(finished[-1])
-            self._counted[study] += 1
-            self.progress.advance(name, best)
-        finished = tuner.trials()  # with what the tuner itself spent on its proposals
+        def evaluate(candidate: Candidate, report: Report) -> Outcome:
+            return self.measure.train(*decode(candidate.values), candidate.number, report)
+
+        work(tuner, trials, evaluate, told, f"arm {name}")
         self.task("validation")
         before = self.model.calls
-        ranked = top(finished, self.settings.tuner.top_k)
-        validated = [self.value("validation", *decode(t.candidate.values)) for t in ranked]
-        if not np.isfinite(validated).any():
-            raise UserError(f"arm {name} has no finite objective on validation cases; check objective.terms")
-        chosen = int(np.nanargmax(validated))
-        dials, schedule = decode(ranked[chosen].candidate.values)
-        calls = spent[1] + opening + sum(t.calls for t in finished) + self.model.calls - before
+        chosen, outcome, choice = self.measure.choose(name, finished, decode, self.settings.tuner.top_k)
+        assert outcome.scores is not None
+        tried = ended(tuner)  # with those given up, and what the tuner itself spent on its proposals
+        calls = spent[1] + opening + sum(t.calls for t in tried) + self.model.calls - before
         return self.keep(Arm(
-            name, dials, schedule, ranked[chosen].score, validated[chosen], spent[0] + len(finished), calls,
-            dict(ranked[chosen].candidate.values), [(t.candidate.origin, t.score) for t in finished], note,
+            name, *decode(chosen.candidate.values), chosen.score, outcome.scores[0], spent[0] + len(tried), calls,
+            dict(chosen.candidate.values), [(t.candidate.origin, t.score) for t in finished], note, choice,
         ))  # fmt: skip
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may work on this recipe's studies."""
+        return bool(self.settings.tuner.storage)
+
+    def _optuna(
+        self, study: str, space: Sequence[Parameter], meaning: Meaning, starts: Mapping[str, Point], trials: int,
+        seed: int,
+    ) -> OptunaTuner:  # fmt: skip
+        """The tuner of one study: in the run folder, or in `tuner.storage` under the run's name, with all that a
+        worker must know."""
+        wanted = self.settings.tuner
+        storage, name, sharing, about = f"sqlite:///{(self.folder / 'study.db').absolute()}", study, None, {}
+        if self.shared:
+            storage, name = wanted.storage, f"{self.folder.absolute().name}/{study}"
+            sharing = Sharing(wanted.heartbeat, wanted.grace)
+            about = {"recipe": to_yaml(self.settings), "meaning": meaning.to_dict()}
+        return OptunaTuner(
+            name, space, storage, trials, seed, wanted.sampler, starts, self.fingerprint, self.measure.labels,
+            bool(wanted.limits), wanted.prune, sharing, about,
+        )  # fmt: skip
 
     def _skip(self, name: str, study: str, trials: int) -> None:
         """Tell the progress of trials that are there already, once each where arms share a study."""
@@ -231,10 +242,11 @@ class Workshop:
         note: str = "", spent: tuple[int, int] = (0, 0),
     ) -> Arm:  # fmt: skip
         """The best guidance (and strength) for a given schedule."""
-        space = dial_box(self.settings.task.name, self.settings.dials)
+        space, seed = dial_box(self.settings.task.name, self.settings.dials), self.settings.tuner.seed
+        meaning = Meaning(self.base, schedule=schedule)
         return self.tune(
-            name, study or name, lambda study: self._optuna(study, space, starts, trials, self.settings.tuner.seed),
-            lambda point: (to_dials(point, self.base), schedule), trials, note, spent,
+            name, study or name, lambda study: self._optuna(study, space, meaning, starts, trials, seed), meaning,
+            trials, note, spent,
         )  # fmt: skip
 
     def tune_weights(
@@ -256,13 +268,12 @@ class Workshop:
             for n, low, high in zip(function.names, span.min(0).tolist(), span.max(0).tolist(), strict=True)
         ]
 
-        def decode(point: Point) -> tuple[Dials, Schedule]:
-            return dials, function.schedule(np.array([point[n] for n in function.names]))
+        meaning = Meaning(dials, function)
 
         def make(study: str) -> Tuner:
             kind = self.tuner_kind(function.dimension)
             if kind == "optuna":
-                return self._optuna(study, space, points, trials, seed)
+                return self._optuna(study, space, meaning, points, trials, seed)
             place = self.folder / "studies"
             if kind == "spsa":
                 return SpsaTuner(study, space, place, trials, seed, points, self.fingerprint)
@@ -272,23 +283,21 @@ class Workshop:
                 study, space, problem, place, seed, points, self.fingerprint, gradient_options(self.settings)
             )
 
-        return self.tune(name, name, make, decode, trials, note, spent)
+        return self.tune(name, name, make, meaning, trials, note, spent)
 
     def tuner_kind(self, dimension: int) -> str:
-        """`tuner.name`; auto: gradient if every term of the objective has one, else by the number of weights."""
-        if self.settings.tuner.name != "auto":
-            return self.settings.tuner.name
+        """`tuner.name`; auto: gradient if every term of the objective has one, else by the number of weights.
+
+        Optuna where only Optuna can: other objectives than the recipe's mean, limits, giving up early.
+        """
+        wanted = self.settings.tuner
+        if wanted.name != "auto":
+            return wanted.name
+        if wanted.only_optuna:
+            return "optuna"
         if all(term.spec.differentiable for term in self.composites[OBJECTIVE].objectives.values()):
             return "gradient"
         return "optuna" if dimension <= 30 else "spsa"
-
-    def _optuna(
-        self, study: str, space: Sequence[Parameter], starts: Mapping[str, Point], trials: int, seed: int
-    ) -> Tuner:
-        storage = f"sqlite:///{(self.folder / 'study.db').absolute()}"
-        return OptunaTuner(
-            study, space, storage, trials, seed, self.settings.tuner.sampler, starts, self.fingerprint
-        )
 
 
 def gradient_options(settings: Settings) -> GradientOptions:

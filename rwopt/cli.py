@@ -18,6 +18,7 @@ EPILOG = """examples:
   rwopt search recipe=editing                      learn a schedule on the embedded model, compare, report
   rwopt search recipe=editing tuner.trials=80      any key of the recipe can be set
   rwopt search resume=lightning_logs/editing-...   go on after a kill
+  rwopt worker lightning_logs/editing-...          help a search that was started with tuner.storage=URL
   rwopt edit --split test --case 3 --schedule schedule.json --out edited.png
   rwopt show schedule.json
 """
@@ -51,6 +52,12 @@ def parser() -> Parser:
     search.add_argument("settings", nargs="*", metavar="key=value", help=settings)
     search.add_argument("--out", type=Path, help="run folder (default lightning_logs/<recipe>-<time>)")
     search.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
+
+    worker = verb("worker", "help a running search with its trials, from another process or machine")
+    worker.add_argument("target", help="run folder, or name of a run or study in the storage")
+    about = "storage=URL (default: the run folder's own); model.name, model.device, model.dtype where they differ"
+    worker.add_argument("settings", nargs="*", metavar="key=value", help=about)
+    worker.add_argument("--wait", type=float, default=600.0, help="seconds without work until it gives up (600)")
 
     probe = verb("probe", "measure how important each site is at each noise level", keys)
     probe.add_argument("settings", nargs="*", metavar="key=value", help="recipe=NAME|FILE.yaml or any key")
@@ -191,6 +198,26 @@ def _search(args: argparse.Namespace) -> None:
              "schedule.json": "the learned schedule: rwopt show, rwopt compare, rwopt.apply(pipe, file)"}  # fmt: skip
     for file, what in files.items():
         console.print(f"{folder / file}  {what}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _worker(args: argparse.Namespace) -> None:
+    storage = None
+    overrides = []
+    for item in args.settings:
+        key, sign, value = item.partition("=")
+        if key in ("storage", "tuner.storage") and sign:
+            storage = value
+        else:
+            overrides.append(item)
+    if storage is not None:
+        from rwopt.tuners.storage import check_url
+
+        check_url(storage)
+    _quiet()
+    from rwopt.worker import join
+
+    done = join(args.target, storage, overrides, args.wait, lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"{args.target}: has all its trials; {done} of them from here")
 
 
 def _probe(args: argparse.Namespace) -> None:

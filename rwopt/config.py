@@ -18,6 +18,7 @@ from rwopt.files import package_folder
 from rwopt.probes import PROBES
 from rwopt.sites import GROUPINGS, KINDS
 from rwopt.tuners import GRADIENTS, SAMPLERS, TUNERS
+from rwopt.tuners.storage import check_url
 
 
 def _check(ok: bool, key: str, value: object, remedy: str) -> None:
@@ -147,6 +148,12 @@ class TunerSettings:
 
     trials: candidates of weights; dial_trials: of an arm's dials; control_trials: of a control's dials; the best
     `top_k` of each see validation cases.
+
+    For Optuna alone: `objectives`: none for the mean of `objective.terms`, else names ("objective" is that mean); of
+    the Pareto front of several the first decides among points whose others are no worse than the plain model's minus
+    `slack`. limits: {name: worst mean allowed}. prune: p-value below which a losing candidate is given up (0: never),
+    looked at after each `part` cases. storage: URL of studies that `rwopt worker` joins (none: study.db in the run
+    folder); heartbeat, grace: seconds between a worker's signs of life, and until one counts as gone.
     """
 
     name: str = "auto"
@@ -156,12 +163,45 @@ class TunerSettings:
     control_trials: int = 8
     top_k: int = 4
     seed: int = 0
+    objectives: list[str] = field(default_factory=list)
+    slack: float = 0.0
+    limits: dict[str, float] = field(default_factory=dict)
+    prune: float = 0.0
+    part: int = 8
+    storage: str = ""
+    heartbeat: float = 10.0
+    grace: float = 60.0
 
     def __post_init__(self) -> None:
         _one_of(TUNERS, "tuner.name", self.name)
         _one_of(SAMPLERS, "tuner.sampler", self.sampler)
         for name in ("trials", "dial_trials", "control_trials", "top_k"):
             _check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
+        self._check_optuna()
+
+    @property
+    def only_optuna(self) -> bool:
+        """Whether something is asked for that only Optuna's tuner can do."""
+        return bool(self.objectives or self.limits or self.prune)
+
+    def _check_optuna(self) -> None:
+        fits = self.name in ("auto", "optuna") or not self.only_optuna
+        _check(fits, "tuner.name", self.name, "takes no tuner.objectives, .limits and .prune: use tuner.name=optuna")
+        if self.storage:
+            check_url(self.storage)
+        names = self.objectives
+        _check(len(set(names)) == len(names), "tuner.objectives", names, "names one twice: give each once")
+        several = len(names) > 1
+        _check(not (several and self.sampler == "cmaes"), "tuner.sampler", "cmaes", "takes one objective: use nsga2")
+        _check(not (several and self.prune), "tuner.prune", self.prune, "compares by one objective: set it to 0")
+        _check(0 <= self.prune < 0.5, "tuner.prune", self.prune, "must be a p-value from 0 (off) to below 0.5")
+        _check(0 <= self.slack < math.inf, "tuner.slack", self.slack, "must be 0 or more, and finite")
+        for name, bound in self.limits.items():
+            _check(math.isfinite(bound), f"tuner.limits.{name}", bound, "must be finite")
+        _check(self.part >= 1, "tuner.part", self.part, "must be at least 1")
+        _check(1 <= self.heartbeat < math.inf, "tuner.heartbeat", self.heartbeat, "must be at least 1 (seconds)")
+        fits = 2 * self.heartbeat <= self.grace < math.inf
+        _check(fits, "tuner.grace", self.grace, f"must be at least twice tuner.heartbeat={self.heartbeat:g}")
 
 
 @dataclass

@@ -5,7 +5,6 @@ Each stage leaves its result in the run folder and is skipped if it is there, so
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import shlex
@@ -24,6 +23,7 @@ from rwopt.config import Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
 from rwopt.files import sweep, write_text
+from rwopt.identity import fingerprint
 from rwopt.models import load_model
 from rwopt.objectives import make_objective
 from rwopt.probes import Importance, make_probe
@@ -68,12 +68,11 @@ class Search:
         if settings.track.wandb == "online":
             wandb_mode("online")  # a missing key is told before anything is done
         text = to_yaml(settings)
-        fingerprint = hashlib.sha256(to_yaml(replace(settings, track=type(settings.track)())).encode()).hexdigest()
         stored = folder / "recipe.yaml"
         if stored.exists() and stored.read_text() != text:
             raise UserError(f"{stored} differs from this recipe: resume without overrides, or use a new folder")
         model = load_model(settings.model.name, settings.model.device, settings.model.dtype)
-        self.shop = Workshop(settings, folder, model, progress, fingerprint)
+        self.shop = Workshop(settings, folder, model, progress, fingerprint(settings, model))
         self.progress = progress
         self._check()
         for place in (folder, folder / "arms"):
@@ -225,6 +224,7 @@ class Search:
                 "evaluations": arm.evaluations,
                 "calls": arm.calls,
                 "validation": arm.validation,
+                **({"choice": arm.choice} if arm.choice else {}),
             },
         )
 

@@ -171,3 +171,36 @@ def test_every_group_of_settings_is_documented() -> None:
         group = type(getattr(config.Settings(), field.name))
         assert group.__doc__
         assert not group.__doc__.startswith(f"{group.__name__}("), group  # dataclass' own text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["tuner.storage=sqllite:///a.db"], "did you mean sqlite"),
+        (["tuner.storage=postgresql://u:hush@h/d"], "PGPASSWORD"),
+        (["tuner.prune=0.7"], "p-value"),
+        (["tuner.prune=0.1", "tuner.objectives=[objective,scorer.kept]"], "compares by one objective"),
+        (["tuner.objectives=[objective,objective]"], "names one twice"),
+        (["tuner.sampler=cmaes", "tuner.objectives=[objective,scorer.kept]"], "takes one objective"),
+        (["tuner.sampler=nsga4"], "did you mean nsga"),
+        (["tuner.limits={source.ssim: .nan}"], r"tuner\.limits\.source\.ssim=nan: must be finite"),
+        (["tuner.slack=-1"], "must be 0 or more"),
+        (["tuner.part=0"], "at least 1"),
+        (["tuner.heartbeat=0"], "at least 1"),
+        (["tuner.grace=15"], "at least twice"),
+        (["tuner.name=gradient", "tuner.prune=0.1"], r"use tuner\.name=optuna"),
+        (["tuner.name=spsa", "tuner.limits.source.ssim=0.5"], r"use tuner\.name=optuna"),
+    ],
+)
+def test_what_the_tuner_of_optuna_cannot_take(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        config.load("editing", ["tuner.name=optuna", *overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_tuner_of_optuna_takes() -> None:
+    given = ["tuner.name=optuna", "tuner.storage=journal:/a/b.log", "tuner.limits.source.ssim=0.5",
+             "tuner.objectives=[objective,judge.distance]", "tuner.slack=0.01"]  # fmt: skip
+    tuner = config.load("editing", given).tuner
+    assert tuner.limits == {"source.ssim": 0.5}
+    assert (tuner.objectives, tuner.storage, tuner.slack) == (["objective", "judge.distance"], "journal:/a/b.log", 0.01)

@@ -14,7 +14,7 @@ from rwopt.errors import UserError
 
 TUNERS = ("auto", "gradient", "optuna", "spsa")
 GRADIENTS = ("full", "truncated", "detached")  # ways of a gradient through the sampler, see `rwopt.backprop`
-SAMPLERS = ("auto", "gp", "tpe", "cmaes", "random")
+SAMPLERS = ("auto", "gp", "tpe", "cmaes", "nsga2", "nsga3", "random")
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A scored candidate, and what the score cost in U-Net calls."""
+    """A scored candidate, and what the score cost in U-Net calls.
+
+    scores: with several objectives all of them, `score` being the first. excess: by how much it breaks its limits.
+    """
 
     candidate: Candidate
     score: float
     calls: int = 0
+    scores: tuple[float, ...] = ()
+    excess: float = 0.0
 
 
 class Tuner(Protocol):
@@ -66,9 +71,9 @@ class Tuner(Protocol):
 
 
 def top(trials: Sequence[Trial], k: int) -> list[Trial]:
-    """The k best trials with different values, best first."""
+    """The k best trials with different values, best first; those that break a limit last, the least first."""
     out: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: -t.score):
+    for trial in sorted(trials, key=lambda t: (t.excess, -t.score)):
         if all(dict(trial.candidate.values) != dict(o.candidate.values) for o in out):
             out.append(trial)
         if len(out) == k:

@@ -223,3 +223,94 @@ def test_top_wants_different_values_and_says_when_there_are_none() -> None:
     assert [t.candidate.values["x"] for t in top(trials, 9)] == [2, 3, 1]
     with pytest.raises(UserError, match="no trial has a score"):
         top([], 3)
+
+
+SEVERAL = ("objective", "-judge.distance")
+
+
+def two(values: Mapping[str, float]) -> tuple[float, float]:
+    """A trade-off in one number: k0/self up is good for the first and bad for the second."""
+    return values["k0/self"], -(values["k0/self"] ** 2)
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "cmaes"])
+def test_several_objectives_are_kept_with_their_limits(make: Make, sampler: str) -> None:
+    tuner = make(sampler, objectives=SEVERAL, limited=True)
+    for i in range(12):
+        candidate = tuner.propose()
+        tuner.observe(candidate, two(candidate.values), 2, {"scorer.kept": 0.25 if i == 3 else -0.5})
+    tuner.observe(tuner.propose(), (1.0, math.nan), 2, {"scorer.kept": 0.0})
+    trials = make(sampler, objectives=SEVERAL, limited=True).trials()
+    assert len(trials) == 12
+    assert [t.scores for t in trials] == [two(t.candidate.values) for t in trials]
+    assert [t.score for t in trials] == [t.scores[0] for t in trials]
+    assert [t.excess for t in trials] == [0.25 if i == 3 else 0.0 for i in range(12)]
+    assert trials[3] == top(trials, 12)[-1]  # whatever its score, it breaks a limit
+    assert tuner.study.metric_names == list(SEVERAL)
+    feasible = {t.number for t in tuner.study.best_trials}
+    assert feasible
+    assert trials[3].candidate.number not in feasible
+
+
+def test_a_limit_keeps_the_search_off_what_breaks_it(make: Make) -> None:
+    """The score rises with x, and x may not exceed 0.3."""
+    box = [Parameter("x", 0.0, 1.0), Parameter("y", 0.0, 1.0)]
+    tried = []
+    for limited in (False, True):
+        tuner = make("tpe", study=str(limited), space=box, starts={"zero": {"x": 0.0, "y": 0.0}}, limited=limited)
+        for _ in range(30):
+            c = tuner.propose()
+            tuner.observe(c, c.values["x"], 0, {"budget": c.values["x"] - 0.3} if limited else None)
+        tried.append([t.candidate.values["x"] for t in tuner.trials()[-15:]])
+    assert max(tried[0]) > 0.9
+    assert sum(x <= 0.3 for x in tried[1]) > sum(x <= 0.3 for x in tried[0])
+
+
+def test_losers_are_given_up_case_by_case_and_count(make: Make) -> None:
+    """Cases differ far more than candidates do: only a paired test can tell them apart."""
+    cases = {i: 10.0 * math.sin(7 * i) for i in range(40)}
+    tuner = make("random", prune=0.05, starts={"good": {"guidance": 4, "strength": 0.5, "k0/self": 0.5, "rate": 0.1}})
+
+    def run(shift: float) -> tuple[Candidate, int]:
+        candidate, seen = tuner.propose(), 0
+        for case, level in cases.items():
+            seen += 1
+            noise = 0.3 * math.cos(5 * case + candidate.number)
+            if tuner.report(candidate, {case: level + shift + noise}):
+                tuner.prune(candidate, seen)
+                return candidate, seen
+        tuner.observe(candidate, shift, seen)
+        return candidate, seen
+
+    best, seen = run(0.0)
+    assert seen == 40  # nothing to lose against
+    losers = [run(-1.0) for _ in range(4)]
+    assert all(8 <= n < 20 for _, n in losers)
+    better, seen = run(+1.0)
+    assert seen == 40
+    assert [t.candidate.number for t in tuner.trials()] == [best.number, better.number]
+    ended = make("random", prune=0.05, starts={}).ended()
+    assert [t.calls for t in ended if math.isnan(t.score)] == [n for _, n in losers]
+    assert len(ended) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"sampler": "cmaes", "objectives": SEVERAL}, "cmaes takes one objective, not 2"),
+     ({"prune": 0.1, "objectives": SEVERAL}, "compares by one objective"),
+     ({"sampler": "nsga"}, "did you mean nsga")],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(make: Make, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "trials", "objectives", "limited", "kind"),
+    [(9, 100, 2, False, "gp"), (9, 100, 4, False, "tpe"), (40, 100, 2, False, "tpe"), (9, 2000, 2, False, "nsga2"),
+     (9, 2000, 4, False, "nsga3"), (9, 2000, 1, True, "tpe"), (9, 2000, 2, True, "tpe"), (9, 100, 1, True, "gp")],
+)  # fmt: skip
+def test_the_rule_of_auto_with_several_objectives_and_limits(
+    dimension: int, trials: int, objectives: int, limited: bool, kind: str
+) -> None:
+    assert choose_sampler("auto", dimension, trials, objectives, limited) == kind

@@ -1,0 +1,31 @@
+"""What makes two searches the same: the recipe without what only says where it runs, and the model's own weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import torch
+
+from rwopt.config import Settings, to_yaml
+from rwopt.models import Model
+
+
+def weights_digest(model: Model, each: int = 64) -> str:
+    """SHA-256 over the first numbers of every tensor of the U-Net, in bfloat16: the same from any number format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.unet.state_dict().items()):
+        head = tensor.reshape(-1)[:each].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + head.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(settings: Settings, model: Model) -> str:
+    """Of recipe and model. A model's place may differ from machine to machine, and so may the storage's address."""
+    bare = replace(
+        settings,
+        track=type(settings.track)(),
+        model=replace(settings.model, name="", device="auto"),
+        tuner=replace(settings.tuner, storage="", heartbeat=1, grace=2),
+    )
+    return hashlib.sha256((to_yaml(bare) + weights_digest(model)).encode()).hexdigest()

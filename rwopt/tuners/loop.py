@@ -1,0 +1,100 @@
+"""The loop of who works on a study, alone or with others: claim, evaluate, tell, until all trials are there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from optuna.exceptions import StorageInternalError
+
+from rwopt.errors import UserError
+from rwopt.tuners import Candidate, Trial, Tuner
+from rwopt.tuners.leases import Ledger
+from rwopt.tuners.optuna import OptunaTuner
+
+Report = Callable[[Mapping[int, float]], bool]
+"""Takes scores of single cases {case: score}; whether the candidate may be given up."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """scores: one an objective, higher is better; None if the candidate was given up. calls: U-Net calls it took.
+
+    excess: for each limit by how much it was exceeded; 0 or less if it was kept.
+    """
+
+    scores: tuple[float, ...] | None
+    calls: int = 0
+    excess: Mapping[str, float] = field(default_factory=dict)
+
+
+def work(
+    tuner: Tuner,
+    trials: int,
+    evaluate: Callable[[Candidate, Report], Outcome],
+    told: Callable[[Trial], None] = lambda trial: None,
+    name: str = "study",
+    pause: float = 0.3,
+) -> int:
+    """Evaluate candidates until the study has `trials`, or all that it was asked for; the number that this loop ended.
+
+    told: called once for each trial that is scored or was stopped early (score NaN), whoever evaluated it, first for
+    those that are there already. Raises `UserError` if more candidates than that had no finite score, or if the
+    storage fails.
+    """
+    try:
+        return _work(tuner, trials, evaluate, told, name, pause)
+    except StorageInternalError as error:
+        why = " ".join(str(error.__cause__ or error).split("\n", 1)[0].split())
+        raise UserError(f"{name}: the study's storage failed ({why}): start again, scored trials are kept") from None
+
+
+def _work(
+    tuner: Tuner,
+    trials: int,
+    evaluate: Callable[[Candidate, Report], Outcome],
+    told: Callable[[Trial], None],
+    name: str,
+    pause: float,
+) -> int:
+    seen, done, failed = set[int](), 0, 0
+    shared = tuner if isinstance(tuner, OptunaTuner) else None
+    try:
+        while True:
+            table = shared.look() if shared else None
+            for trial in ended(tuner, table):
+                if trial.candidate.number not in seen:
+                    seen.add(trial.candidate.number)
+                    told(trial)
+            if len(seen) >= trials or (table is not None and table.met):
+                return done
+            candidate = shared.claim(table) if shared else tuner.propose()
+            if candidate is None:  # others have the last ones in hand
+                time.sleep(pause)
+                continue
+            outcome = evaluate(candidate, partial(shared.report, candidate) if shared else _go_on)
+            if shared and outcome.scores is None:
+                shared.prune(candidate, outcome.calls)
+            elif shared:
+                shared.observe(candidate, outcome.scores or (), outcome.calls, outcome.excess)
+            else:
+                tuner.observe(candidate, math.nan if outcome.scores is None else outcome.scores[0], outcome.calls)
+            if outcome.scores is None or all(map(math.isfinite, outcome.scores)):
+                done += 1
+            elif (failed := failed + 1) > trials:
+                raise UserError(f"{name}: {failed} candidates had no finite objective; check objective.terms")
+    finally:
+        if shared:
+            shared.release()
+
+
+def ended(tuner: Tuner, table: Ledger | None = None) -> list[Trial]:
+    """The trials that count: scored ones, and (score NaN) those that were given up."""
+    return tuner.ended(table) if isinstance(tuner, OptunaTuner) else tuner.trials()
+
+
+def _go_on(scores: Mapping[int, float]) -> bool:
+    return False

@@ -1,0 +1,152 @@
+"""From a text to a storage: what is refused, and that what is opened keeps a study."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from wsgiref.util import setup_testing_defaults
+
+import optuna
+import pytest
+from helpers.workers import STARTS, objective, open_tuner
+
+from rwopt.errors import UserError
+from rwopt.tuners.leases import has_heartbeat
+from rwopt.tuners.storage import check_url, open_storage
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sqlit:///a.db", "did you mean sqlite:"),
+        ("postgres://u@h/d", "did you mean postgresql:"),
+        ("study.db", "did you mean"),
+        ("redis://h", "did you mean"),
+        ("sqlite+fast:///a.db", "did you mean sqlite:"),
+        ("sqlite:a.db", "sqlite:///relative.db"),
+        ("grpc://host", "grpc://host:port"),
+        ("grpc://host:port", "Port could not be cast"),
+        ("journal:", "journal:/path/of/file"),
+        ("journal:///", "journal:/path/of/file"),
+        ("postgresql://u:hush@h/d", "PGPASSWORD"),
+        ("mysql+pymysql://u:hush@h/d", "has a password"),
+    ],
+)
+def test_texts_that_are_no_storage(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        check_url(text)
+    assert "\n" not in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sqlite:///a.db", "sqlite:////tmp/a.db", "postgresql://u@h:5432/d", "postgresql+psycopg://h/d", "journal:/a/b.log",
+     "journal:b.log", "grpc://10.0.0.1:13000", "mysql://u@h/d"],
+)  # fmt: skip
+def test_texts_that_are(text: str) -> None:
+    assert check_url(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sqlite:////nowhere/at/all/a.db", "/nowhere/at/all does not exist"),
+        ("journal:/nowhere/at/all/a.log", "/nowhere/at/all does not exist"),
+        ("postgresql://u@127.0.0.1:1/d", "check that you can reach it"),
+        ("postgresql+nodriver://u@127.0.0.1:1/d", "correct the URL"),
+    ],
+)
+def test_places_that_cannot_be_reached_are_one_line(text: str, said: str) -> None:
+    if text.startswith("postgresql:") and importlib.util.find_spec("psycopg") is None:
+        said = re.escape("rwopt[postgres]")
+    with pytest.raises(UserError, match=said) as caught:
+        open_storage(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["sqlite:///{}", "journal:{}", "journal://{}"])
+def test_a_study_outlives_the_storage_that_wrote_it(scheme: str, tmp_path: Path) -> None:
+    url = scheme.format(tmp_path / "study")
+    tuner = open_tuner(open_storage(url), 5)
+    for _ in range(2):
+        candidate = tuner.propose()
+        tuner.observe(candidate, objective(candidate.values), 3)
+    again = open_storage(url)
+    assert has_heartbeat(again) == scheme.startswith("sqlite")
+    assert [(t.candidate.origin, t.calls) for t in open_tuner(again, 5).trials()] == [(name, 3) for name in STARTS]
+
+
+def test_many_may_make_one_sqlite_file_and_study_at_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    with ThreadPoolExecutor(4) as pool:
+        tuners = list(pool.map(lambda _: open_tuner(url, 6), range(4)))
+        claimed = list(pool.map(lambda t: t.claim(), tuners))
+    numbers = [c.number for c in claimed if c is not None]
+    assert len(numbers) == len(set(numbers)) == 4
+    origins = sorted(c.origin for c in claimed if c is not None)
+    assert origins == ["plain", "probe", "sampler", "sampler"]  # each start once, whoever queued it
+    for tuner in tuners:
+        tuner.release()
+
+
+def test_a_study_behind_a_proxy(tmp_path: Path) -> None:
+    pytest.importorskip("grpc", reason="grpcio is not installed: pip install 'rwopt[grpc]'")
+    database = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    port = _free_port()
+    serve = partial(optuna.storages.run_grpc_proxy_server, database, host="127.0.0.1", port=port)
+    threading.Thread(target=serve, daemon=True).start()  # it has no end of its own
+    storage = open_storage(f"grpc://127.0.0.1:{port}")
+    assert not has_heartbeat(storage)
+    tuner = open_tuner(storage, 3)
+    for _ in range(3):
+        candidate = tuner.propose()
+        tuner.observe(candidate, objective(candidate.values))
+    assert tuner.look().met
+    assert len(optuna.load_study(study_name="run/learned", storage=database).trials) == 3
+
+
+def test_a_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc", reason="grpcio is not installed: pip install 'rwopt[grpc]'")
+    monkeypatch.setattr("rwopt.tuners.storage.ANSWER", 0.3)
+    with pytest.raises(UserError, match="no proxy answers"):
+        open_storage(f"grpc://127.0.0.1:{_free_port()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_dashboard_opens_the_study(tmp_path: Path) -> None:
+    """`optuna-dashboard <storage>` shows trials, starts and limits: its own server answers, in this process."""
+    dashboard = pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    tuner = open_tuner(storage, 2)
+    candidate = tuner.propose()
+    tuner.observe(candidate, objective(candidate.values), 7, {"source.ssim": -0.1})
+    app = dashboard.wsgi(storage)
+
+    def get(path: str) -> object:
+        environment = {"PATH_INFO": path, "REQUEST_METHOD": "GET", "QUERY_STRING": "after=0"}
+        setup_testing_defaults(environment)
+        seen: list[str] = []
+        body = b"".join(app(environment, lambda status, headers, *_: seen.append(status)))
+        assert seen == ["200 OK"], body
+        return json.loads(body)
+
+    (study,) = get("/api/studies")["study_summaries"]  # type: ignore[index]
+    assert study["study_name"] == "run/learned"
+    trials = get(f"/api/studies/{study['study_id']}")["trials"]  # type: ignore[index]
+    assert [t["state"] for t in trials] == ["Complete", "Waiting"]
+    assert trials[0]["values"] == [objective(candidate.values)]
+    assert {a["key"] for a in trials[0]["user_attrs"]} >= {"origin", "calls", "lease"}
