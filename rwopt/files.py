@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from rwopt.errors import UserError
 
 TEMPORARY = ".tmp"
 
@@ -33,9 +37,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files that killed writes left in `folder` itself (only while nobody writes there)."""
-    for path in Path(folder).glob(f".*{TEMPORARY}"):
+    """Remove the temporary files that killed writes left in `folder` and below (only while nobody writes there)."""
+    for path in Path(folder).rglob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep a run folder to one process; a killed one lets go of it. `UserError` if another has it."""
+    from filelock import FileLock, Timeout
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(folder) / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{folder} is in the hands of another search: wait for it, or use another folder") from None
 
 
 def package_folder(name: str) -> Path:

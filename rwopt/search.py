@@ -22,7 +22,7 @@ from rwopt.arms import Arm, Workshop, dial_box
 from rwopt.config import Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
-from rwopt.files import sweep, write_text
+from rwopt.files import locked, sweep, write_text
 from rwopt.identity import fingerprint
 from rwopt.models import load_model
 from rwopt.objectives import make_objective
@@ -75,8 +75,6 @@ class Search:
         self.shop = Workshop(settings, folder, model, progress, fingerprint(settings, model))
         self.progress = progress
         self._check()
-        for place in (folder, folder / "arms"):
-            sweep(place)
         if not stored.exists():
             write_text(stored, text)
 
@@ -231,7 +229,12 @@ class Search:
     # the whole way
 
     def run(self, command: str) -> Report:
-        """All stages. Leaves the report, pictures, schedule and records in the folder."""
+        """All stages. Leaves the report, pictures, schedule and records in the folder, which it keeps to itself."""
+        with locked(self.folder):
+            sweep(self.folder)
+            return self._run(command)
+
+    def _run(self, command: str) -> Report:
         words = [word.removeprefix("recipe=") for word in shlex.split(command) if word.startswith("recipe=")]
         recipe = Path(words[-1]).stem if words else "own"
         tracker = open_tracker(

@@ -22,7 +22,7 @@ from helpers.tiny import (
 )
 from PIL import Image
 
-from rwopt import config
+from rwopt import config, files
 from rwopt.arms import Arm, dial_box
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE
@@ -62,7 +62,7 @@ def test_every_promised_file_is_there_and_whole(finished: Any) -> None:
     for name in promised.split():
         assert (folder / name).stat().st_size > 0, name
     assert check_files(folder) > 20
-    assert not list(folder.rglob(".*"))
+    assert [path.name for path in folder.rglob(".*")] == [".lock"]
     for path in folder.glob("*.png"):
         assert np.asarray(Image.open(path).convert("RGB")).std() > 5, path
     page = (folder / "report.html").read_text()
@@ -193,6 +193,12 @@ def test_resuming_a_finished_run_computes_nothing_and_says_the_same(finished: An
     assert {p: p.read_bytes() for p in before} == before
     with JsonlTracker(folder) as record:
         assert len(record.read("log")) == sum(STUDIES.values())
+
+
+def test_two_searches_do_not_share_a_folder(finished: Any, settings: config.Settings) -> None:
+    folder, _, _ = finished
+    with files.locked(folder), pytest.raises(UserError, match="another search: wait for it"):
+        Search(settings, folder, Silent()).run(COMMAND)
 
 
 def test_a_resumed_run_makes_only_what_is_missing(
