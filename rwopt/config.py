@@ -145,8 +145,8 @@ class ObjectiveSettings:
 class TunerSettings:
     """`name`: who proposes weights, auto, gradient, optuna or spsa; `sampler`: Optuna's, for weights and for dials.
 
-    trials: candidates of weights; dial_trials: of an arm's dials; control_trials: of a control's dials; the best
-    `top_k` of each see validation cases.
+    trials: candidates of weights; dial_trials: of the dials at which weights are learned, and twice as many for a
+    learned schedule's own; control_trials: of a control's dials; the best `top_k` of each see validation cases.
     """
 
     name: str = "auto"
