@@ -49,8 +49,8 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
         other = Search(config.load(recipe, black_box), folder / "black box", bar)
         repeats = {"constant": min(seeds, 3), "black box": 1, "learned": seeds}
         learned = repeats["constant"] + repeats["learned"] - 2  # beside the two of a search
-        bar.start(search.evaluations + learned * (settings.tuner.trials + dial_trials)
-                  + repeats["black box"] * (trials + dial_trials) + dial_trials)  # fmt: skip
+        bar.start(search.evaluations + learned * (settings.tuner.trials + 2 * dial_trials)
+                  + repeats["black box"] * (trials + 2 * dial_trials) + dial_trials)  # fmt: skip
         dials = search.guidance()
         arms: dict[str, list[Arm]] = {arm.name: [arm] for arm in search.compared(dials)}
         for name in repeats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
         low, high = dials.strength_bounds
         box.append(Parameter("strength", low, high, step=0.05))
     return box
+
+
+def near(parameter: Parameter, centre: float, share: float = 0.25) -> Parameter:
+    """The part of a dial's range within `share` of its width around `centre`.
+
+    Over the whole range, most candidates lose by their dials alone.
+    """
+    reach = share * (parameter.high - parameter.low)
+    return replace(parameter, low=parameter.clip(centre - reach), high=parameter.clip(centre + reach))
 
 
 class Workshop:
@@ -239,10 +248,12 @@ class Workshop:
 
     def tune_dials(
         self, name: str, schedule: Schedule | None, trials: int, starts: Mapping[str, Point], study: str | None = None,
-        note: str = "", spent: tuple[int, int] = (0, 0),
+        note: str = "", spent: tuple[int, int] = (0, 0), around: Dials | None = None,
     ) -> Arm:  # fmt: skip
-        """The best guidance (and strength) for a given schedule."""
+        """The best guidance (and strength) for a schedule: in the recipe's box, or the part of it `around` some."""
         space, seed = dial_box(self.settings.task.name, self.settings.dials), self.settings.tuner.seed
+        if around is not None:
+            space = [near(p, around.to_dict()[p.name]) for p in space]
         meaning = Meaning(self.base, schedule=schedule)
         return self.tune(
             name, study or name, lambda study: self._optuna(study, space, meaning, starts, trials, seed), meaning,

@@ -146,8 +146,8 @@ class ObjectiveSettings:
 class TunerSettings:
     """`name`: who proposes weights, auto, gradient, optuna or spsa; `sampler`: Optuna's, for weights and for dials.
 
-    trials: candidates of weights; dial_trials: of an arm's dials; control_trials: of a control's dials; the best
-    `top_k` of each see validation cases.
+    trials: candidates of weights; dial_trials: of the dials at which weights are learned, and twice as many for a
+    learned schedule's own; control_trials: of a control's dials; the best `top_k` of each see validation cases.
 
     For Optuna alone: `objectives`: none for the mean of `objective.terms`, else names ("objective" is that mean); of
     the Pareto front of several the first decides among points whose others are no worse than the plain model's minus

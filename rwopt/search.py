@@ -93,8 +93,8 @@ class Search:
     def evaluations(self) -> int:
         """Candidate evaluations of a whole run, for the progress bar."""
         t = self.settings.tuner
-        # best guidance, dials included; analytic; constant and learned; controls
-        return 4 * (t.trials + t.dial_trials) + t.dial_trials + len(CONTROLS) * t.control_trials
+        # best guidance, dials included; analytic, constant and learned; controls
+        return 4 * t.trials + 9 * t.dial_trials + len(CONTROLS) * t.control_trials
 
     # stages
 
@@ -126,7 +126,7 @@ class Search:
 
     def best_guidance(self, start: Arm) -> Arm:
         """The same study, gone on with until it has had as many evaluations as a learned arm, its start included."""
-        trials = self.settings.tuner.trials + 2 * self.settings.tuner.dial_trials
+        trials = self.settings.tuner.trials + 3 * self.settings.tuner.dial_trials
         return self.shop.tune_dials(
             "best guidance", None, trials, {"recipe": start.dials.to_dict()}, "guidance", NOTES["best guidance"]
         )
@@ -154,12 +154,14 @@ class Search:
     def compared(self, dials: Arm) -> list[Arm]:
         """Every arm that learns no weights: plain, best guidance, the published schedules and their controls."""
         arms = [self.shop.fixed("plain", note=NOTES["plain"]), self.best_guidance(dials)]
-        starts = {"guidance": dials.dials.to_dict(), "recipe": self.shop.base.to_dict()}
+        starts = {"tuned": dials.dials.to_dict()}
         tuner = self.settings.tuner
         for name, schedule in self.published().items():
-            trials = tuner.trials + tuner.dial_trials if name == "analytic" else tuner.control_trials
+            trials = tuner.trials + 2 * tuner.dial_trials if name == "analytic" else tuner.control_trials
             spent = (dials.evaluations, dials.calls + self.price(name))
-            arms.append(self.shop.tune_dials(name, schedule, trials, starts, note=NOTES[name], spent=spent))
+            arms.append(self.shop.tune_dials(
+                name, schedule, trials, starts, note=NOTES[name], spent=spent, around=dials.dials
+            ))  # fmt: skip
         return arms
 
     def price(self, name: str) -> int:
@@ -193,8 +195,9 @@ class Search:
             spent=(dials.evaluations, dials.calls + importance.calls),
         )  # fmt: skip
         return self.shop.tune_dials(
-            name, weights.schedule, self.settings.tuner.dial_trials, {"tuned": dials.dials.to_dict()},
+            name, weights.schedule, 2 * self.settings.tuner.dial_trials, {"tuned": dials.dials.to_dict()},
             note=NOTES["constant" if constant else "learned"], spent=(weights.evaluations, weights.calls),
+            around=dials.dials,
         )  # fmt: skip
 
     def describe(self, arm: Arm, command: str) -> Schedule:

@@ -23,9 +23,9 @@ SETTINGS = ["task.train=3", "task.validation=3", "task.test=5", f"tuner.trials={
             "analytic.epochs=1", "analytic.cases=2", "probe.cases=2", "track.wandb=off",
             "model.dtype=float32"]  # fmt: skip
 CONTROLS = ("gradient norm", "uniform mean", "reversed", "permuted sites", "permuted steps")
-STUDIES = {"guidance": TRIALS + 2 * DIAL_TRIALS, "analytic": TRIALS + DIAL_TRIALS,
-           **dict.fromkeys(CONTROLS, CONTROL_TRIALS), "constant weights": TRIALS, "constant": DIAL_TRIALS,
-           "learned weights": TRIALS, "learned": DIAL_TRIALS}  # fmt: skip
+STUDIES = {"guidance": TRIALS + 3 * DIAL_TRIALS, "analytic": TRIALS + 2 * DIAL_TRIALS,
+           **dict.fromkeys(CONTROLS, CONTROL_TRIALS), "constant weights": TRIALS, "constant": 2 * DIAL_TRIALS,
+           "learned weights": TRIALS, "learned": 2 * DIAL_TRIALS}  # fmt: skip
 """Scored trials that a finished search leaves in each study."""
 
 
