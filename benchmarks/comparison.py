@@ -4,6 +4,7 @@
 the constant one, up to three times); dials, probes and fixed schedules are shared, as nothing in them is random but
 the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on. Every number goes to
 `benchmarks/results/<name>.json`, and the table between the markers of README.md is made from that file.
+`docs/<name>.png` shows the first seed.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
             ]
         metrics = list(settings.objective.report)
         scores = {name: [shop.test(arm, metrics) for arm in group] for name, group in arms.items()}
+        if not quick:
+            search.grid({name: group[0] for name, group in arms.items()}, ROOT.parent / "docs" / f"{recipe}.png")
     pairs = [("learned", other) for other in arms if other != "learned"]
     pairs += [("constant", "best guidance"), ("constant", "analytic"), ("best guidance", "plain")]
     paired = [
