@@ -1,6 +1,6 @@
 """Which weights are worth learning: groups of sites, knots, mode and bounds, each by the same gradient steps.
 
-`python benchmarks/variants.py [--quick] [--recipes editing generation] [key=value ...]`. All variants are learned on
+`python benchmarks/variants.py [--quick] [--recipes editing generation] [--variants 0 2 6]`. All variants are learned on
 the train cases at the recipe's own dials, from the plain model, and scored on the validation cases against the plain
 model at the same dials: a choice among them must not see the test cases. Finished variants are kept in the run folder.
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,12 +92,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: one task, three variants, few cases")
     parser.add_argument("--recipes", nargs="+", default=["editing", "generation"], choices=list(METRICS))
+    numbers = ", ".join(f"{i}: {name}" for i, name in enumerate(VARIANTS))
+    parser.add_argument("--variants", nargs="+", type=int, choices=range(len(VARIANTS)), help=f"some only; {numbers}")
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-variants)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     names, recipes, given = list(VARIANTS), args.recipes, ["task.validation=128", *args.overrides]
+    if args.variants is not None:
+        names = [names[i] for i in args.variants]
+    elif args.quick:
+        names = names[4:7]
     if args.quick:
-        names, recipes, given = names[4:7], recipes[:1], [*QUICK, *args.overrides]
+        recipes, given = recipes[:1], [*QUICK, *args.overrides]
     _quiet()
     name = "variants-quick" if args.quick else "variants"
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
@@ -104,7 +112,7 @@ def main() -> None:
         bar.start(len(recipes) * len(names) * config.load(recipes[0], given).tuner.trials)
         for recipe in recipes:
             rows += rows_of(recipe, given, folder / recipe, bar, names)
-    command = "python benchmarks/variants.py" + (" --quick" if args.quick else "")
+    command = shlex.join(["python", "benchmarks/variants.py", *sys.argv[1:]])
     result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
     write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
     for recipe in recipes:
