@@ -9,9 +9,11 @@ export WANDB_MODE ?= offline
 search: $(VENV)/.installed
 	$(BIN)/rwopt search recipe=editing
 
+# two processes with a thread each: tiny tensors gain nothing from two threads, and lose much on a busy machine
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev lint
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
