@@ -75,7 +75,7 @@ def join(target: str, storage: str | None, overrides: Sequence[str], wait: float
             near = difflib.get_close_matches(name, known, 1, 0)
             hint = f"; nearest is {near[0]}" if near and not ready else ""
             raise UserError(f"{name}: no work for {wait:g} s{hint}: is its search running? (--wait sets the time)")
-        time.sleep(1.0)
+        time.sleep(0.5)
 
 
 def _names(store: Any) -> list[str]:

@@ -35,8 +35,9 @@ def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """(run folder, storage URL, model) of a search that two workers helped, of which one was killed."""
     place = tmp_path_factory.mktemp("shared")
     folder, url = place / "run", f"sqlite:///{place / 'studies.db'}"
-    search = rwopt("search", "recipe=editing", *SETTINGS, f"model.name={model}", "tuner.name=optuna",
-                   "tuner.trials=8", f"tuner.storage={url}", "--out", folder)  # fmt: skip
+    # slow enough (many cases) and long enough (many trials) that a worker is there before it is over
+    search = rwopt("search", "recipe=editing", *SETTINGS, f"model.name={model}", "tuner.name=optuna", "task.train=32",
+                   "tuner.trials=24", f"tuner.storage={url}", "--out", folder)  # fmt: skip
     victim = rwopt("worker", "run", f"storage={url}", "--wait", 90)
     assert victim.stderr is not None
     assert re.search(r"run/.*: trial \d+", victim.stderr.readline())  # a line for each trial: it has done one
@@ -61,9 +62,9 @@ def test_the_search_ends_with_all_its_trials_and_files(shared: Run) -> None:
         assert states.count(TrialState.COMPLETE) == study.user_attrs["trials"]
         assert TrialState.RUNNING not in states
         workers |= {t.user_attrs["lease"]["pid"] for t in study.get_trials() if "lease" in t.user_attrs}
-    assert optuna.load_study(study_name="run/learned weights", storage=storage).user_attrs["trials"] == 8
+    assert optuna.load_study(study_name="run/learned weights", storage=storage).user_attrs["trials"] == 24
     assert len(workers) == 3  # the search, the killed one, and the one that stayed
-    assert Schedule.load(folder / "schedule.json").provenance["evaluations"] > 8
+    assert Schedule.load(folder / "schedule.json").provenance["evaluations"] > 24
     assert check_files(folder) > 20
     assert not (folder / "study.db").exists()
 

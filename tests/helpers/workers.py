@@ -89,10 +89,13 @@ def killed_workers(
     return done
 
 
-def check_table(storage: BaseStorage, asked: int, study: str = "run/learned") -> list[optuna.trial.FrozenTrial]:
+def check_table(
+    storage: BaseStorage, asked: int, study: str = "run/learned", unique: bool = True
+) -> list[optuna.trial.FrozenTrial]:
     """Raise unless the study has exactly the trials asked for: each proposal scored once, none lost, none left open.
 
     Told from Optuna's own table by other means than `rwopt.tuners.leases` has: by values. Returns the scored trials.
+    unique: whether the sampler never proposes a point again (a child of NSGA may be its parent's twin).
     """
     trials = optuna.load_study(study_name=study, storage=storage).get_trials()
     assert [t.number for t in trials] == list(range(len(trials)))
@@ -101,9 +104,10 @@ def check_table(storage: BaseStorage, asked: int, study: str = "run/learned") ->
     assert len(scored) == asked
     assert all(t.value == objective(t.params) for t in scored)
     points = Counter(tuple(sorted(t.params.items())) for t in scored)
-    assert set(points.values()) == {1}  # nothing counts twice
+    if unique:
+        assert set(points.values()) == {1}  # nothing counts twice
     for start_values in STARTS.values():
-        assert points[tuple(sorted(start_values.items()))] == 1
+        assert points[tuple(sorted(start_values.items()))] >= 1
     for trial in trials:  # what was in a killed process's hands is among the scored, under a later number
         if trial.state == TrialState.FAIL and "reason" not in trial.user_attrs and len(trial.params) == len(BOX):
             assert points[tuple(sorted(trial.params.items()))] == 1, trial

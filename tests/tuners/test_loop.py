@@ -87,5 +87,5 @@ def test_two_share_a_study_with_every_sampler(sampler: str) -> None:
         return good(candidate, report)
 
     assert work(first, 13, both) == 7
-    assert len(check_table(storage, 13)) == 13
+    assert len(check_table(storage, 13, unique=not sampler.startswith("nsga"))) == 13
     assert second.look().met
