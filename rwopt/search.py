@@ -131,6 +131,16 @@ class Search:
             "best guidance", None, trials, {"recipe": start.dials.to_dict()}, "guidance", NOTES["best guidance"]
         )
 
+    def dial_starts(self, dials: Arm) -> dict[str, dict[str, float]]:
+        """Where the dials of a schedule begin: the tuned ones; for an edit also a lower strength, which changes less.
+
+        Weights that make an edit surer can do with less of it, and a short search may not think of that by itself.
+        """
+        tuned = dials.dials.to_dict()
+        if self.settings.task.name != "editing":
+            return {"tuned": tuned}
+        return {"tuned": tuned, "weaker": {**tuned, "strength": tuned["strength"] - 0.1}}
+
     def published(self) -> dict[str, Schedule]:
         """The paper's schedules at this task's noise levels, and their controls."""
         wanted, unet = self.settings.analytic, self.shop.model.unet
@@ -154,7 +164,7 @@ class Search:
     def compared(self, dials: Arm) -> list[Arm]:
         """Every arm that learns no weights: plain, best guidance, the published schedules and their controls."""
         arms = [self.shop.fixed("plain", note=NOTES["plain"]), self.best_guidance(dials)]
-        starts = {"tuned": dials.dials.to_dict()}
+        starts = self.dial_starts(dials)
         tuner = self.settings.tuner
         for name, schedule in self.published().items():
             trials = tuner.trials + 2 * tuner.dial_trials if name == "analytic" else tuner.control_trials
@@ -195,7 +205,7 @@ class Search:
             spent=(dials.evaluations, dials.calls + importance.calls),
         )  # fmt: skip
         return self.shop.tune_dials(
-            name, weights.schedule, 2 * self.settings.tuner.dial_trials, {"tuned": dials.dials.to_dict()},
+            name, weights.schedule, 2 * self.settings.tuner.dial_trials, self.dial_starts(dials),
             note=NOTES["constant" if constant else "learned"], spent=(weights.evaluations, weights.calls),
             around=dials.dials,
         )  # fmt: skip
@@ -308,7 +318,7 @@ class Search:
         weights = self.shop.kept("learned weights")
         assert weights is not None  # the learned arm was made of it
         history = weights.history
-        marks = {origin: i for i, (origin, _) in reversed(list(enumerate(history))) if origin != "sampler"}
+        marks = {origin: i for i, (origin, _) in enumerate(history) if origin in ("plain", "probe")}
         search_history([value for _, value in history], folder / "history.png", starts=marks)
         if not (folder / "grid.png").exists():
             self.grid(by_name, folder / "grid.png")

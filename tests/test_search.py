@@ -132,9 +132,12 @@ def test_the_plain_arm_is_untouched_and_dials_stay_in_their_box(finished: Any, s
 
 
 def test_arms_start_where_they_should(finished: Any) -> None:
-    folder, _, _ = finished
+    folder, search, _ = finished
     assert [origin for origin, _ in arm(folder, "dials").history] == ["recipe", "sampler"]
-    assert [origin for origin, _ in arm(folder, "learned").history] == ["tuned", *["sampler"] * (2 * DIAL_TRIALS - 1)]
+    origins = [origin for origin, _ in arm(folder, "learned").history]
+    assert origins == ["tuned", "weaker", *["sampler"] * (2 * DIAL_TRIALS - 2)]
+    tuned, weaker = (search.dial_starts(arm(folder, "dials"))[name] for name in ("tuned", "weaker"))
+    assert weaker == {**tuned, "strength": pytest.approx(tuned["strength"] - 0.1)}
     for name in ("learned weights", "constant weights"):
         assert [origin for origin, _ in arm(folder, name).history] == ["plain", "probe", "gradient"]
         assert arm(folder, name).dials == arm(folder, "dials").dials
