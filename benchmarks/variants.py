@@ -5,7 +5,7 @@ the train cases at the recipe's own dials, from the plain model, and scored on t
 model at the same dials: a choice among them must not see the test cases. Finished variants are kept in the run folder.
 
 Writes `benchmarks/results/variants.json` (rows: task, variant, numbers, calls, metric, mean, low, high, win_rate, p;
-differences to the plain model) and the tables of `docs/weights.md`.
+differences to the plain model) and prints them as tables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import ROOT, into
+from comparison import ROOT
 
 from rwopt import config
 from rwopt.cli import _quiet
@@ -71,7 +71,7 @@ def rows_of(
 
 
 def markdown(rows: Sequence[dict[str, Any]], task: str, command: str) -> str:
-    """One line a variant, as docs/weights.md shows them."""
+    """One line a variant."""
     metrics = METRICS[task]
     lines = ["| weights | numbers | U-Net calls | " + " | ".join(metrics) + " |", "|---" * (3 + len(metrics)) + "|"]
     mine = [r for r in rows if r["task"] == task]
@@ -116,10 +116,7 @@ def main() -> None:
     result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
     write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
     for recipe in recipes:
-        text = markdown(rows, recipe, command)
-        print(text)
-        if not args.quick:
-            into(ROOT.parent / "docs" / "weights.md", recipe, text)
+        print(markdown(rows, recipe, command))
 
 
 if __name__ == "__main__":
