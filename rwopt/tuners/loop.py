@@ -69,7 +69,10 @@ def _work(
                 if trial.candidate.number not in seen:
                     seen.add(trial.candidate.number)
                     told(trial)
-            if len(seen) >= trials or (table is not None and table.met):
+            if shared and table is not None and table.met:
+                shared.tidy(table)
+                return done
+            if len(seen) >= trials:
                 return done
             candidate = shared.claim(table) if shared else tuner.propose()
             if candidate is None:  # others have the last ones in hand

@@ -149,6 +149,12 @@ class OptunaTuner:
         """Trials wanted: of a shared study as its maker says, who may want more later; else whoever proposes knows."""
         return math.inf if self.sharing is None else self.study.user_attrs.get("trials", self._asked)
 
+    def tidy(self, ledger: Ledger) -> None:
+        """Close what still waits in a study that is met, such as the second of two retries of one loss."""
+        for trial in ledger.trials:
+            if trial.state == TrialState.WAITING:
+                self._reaper.fail(trial.number, "surplus")
+
     def claim(self, ledger: Ledger | None = None) -> Candidate | None:
         """A candidate to evaluate; None if the study is shared and the trials that are missing are in others' hands."""
         ledger = ledger or self.look()
