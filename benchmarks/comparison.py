@@ -56,9 +56,9 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
         arms: dict[str, list[Arm]] = {arm.name: [arm] for arm in search.compared(dials)}
         for name in repeats:
             who = other if name == "black box" else search
-            start, importance = who.guidance(), who.importance()
+            start = who.guidance()
             arms[name] = [
-                who.learn(start, importance, seed, f"{name} {seed}", constant=name == "constant")
+                who.learn(start, seed, f"{name} {seed}", constant=name == "constant")
                 for seed in range(repeats[name])
             ]
         metrics = list(settings.objective.report)

@@ -1,6 +1,6 @@
 """Every probe against the truth, and its price: rank correlation with exact Shapley values over all 2^S subsets.
 
-`python benchmarks/probes.py [--quick] [--repeats 5]`. Two models: the embedded one, and a second U-Net of another
+`python benchmarks/probes.py [--quick] [--repeats 4]`. Two models: the embedded one, and a second U-Net of another
 architecture (three levels, the widest resolution without attention, two transformer blocks in the middle level),
 trained here for `--train` steps on the cases' own pictures in the embedded latent space, kept in the run folder. Each
 repeat has its own pictures; the oracle has others still, so a probe is judged on what it says of pictures that it has
@@ -15,6 +15,7 @@ the mean over steps; `default`, the probe that wins on the worse of the two mode
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -148,13 +149,13 @@ def measure(
 
 def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> list[dict[str, Any]]:
     """All probes on one model."""
-    cases = load_cases("avatars", "train", "generation", args.pictures * (args.repeats + 1))
+    seen = args.pictures * args.repeats
+    cases = load_cases("avatars", "train", "generation", seen + args.judges)
     task = make_task("generation", model, cases, args.steps, batch=len(cases), plain=DIALS)
     ids = [s.id for s in list_sites(model.unet)][: args.sites]
     with Attachment(model.unet, ids) as attachment:
-        parts = [
-            inputs(task, slice(i * args.pictures, (i + 1) * args.pictures), attachment) for i in range(args.repeats + 1)
-        ]
+        ends = [*range(0, seen + 1, args.pictures), seen + args.judges]
+        parts = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(ends)]
         truth = {t: oracle(model, attachment, parts[-1], t) for t in {p[2] for p in probes.values()}}
     sigmas = [model.sigma(t) for t in timesteps(model, args.steps)]
     out = []
@@ -195,16 +196,17 @@ def choose(rows: list[dict[str, Any]], budget: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: 2 steps, 2 pictures, 5 sites")
-    parser.add_argument("--repeats", type=int, default=5, help="independent sets of pictures a probe is run on")
-    parser.add_argument("--pictures", type=int, default=8, help="pictures of each set")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=4, help="independent sets of pictures a probe is run on")
+    parser.add_argument("--pictures", type=int, default=4, help="pictures of each set")
+    parser.add_argument("--judges", type=int, default=16, help="pictures of the oracle")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sites", type=int, default=7, help="the first so many sites; the oracle takes 2^S calls")
-    parser.add_argument("--train", type=int, default=600, help="training steps of the second model")
+    parser.add_argument("--train", type=int, default=1500, help="training steps of the second model")
     parser.add_argument("--folder", type=Path, default=ROOT.parent / "lightning_logs" / "bench-probes")
     args = parser.parse_args()
     probes = {**PROBES, **STUDENTS}
     if args.quick:
-        args.repeats, args.pictures, args.steps, args.train, args.sites = 2, 2, 2, 3, 5
+        args.repeats, args.pictures, args.judges, args.steps, args.train, args.sites = 2, 2, 2, 2, 3, 5
         probes = {k: (p, {**o, "rounds": 1, "epochs": 2} if p == "voting" else o, j) for k, (p, o, j) in PROBES.items()}
     _quiet()
     base = load_model(dtype="float32")
@@ -214,7 +216,8 @@ def main() -> None:
     name = "probes-quick" if args.quick else "probes"
     result = {
         "name": "probes", "command": "python benchmarks/probes.py" + (" --quick" if args.quick else ""),
-        "quick": args.quick, "steps": args.steps, "pictures": args.pictures, "repeats": args.repeats, "sites": sites,
+        "quick": args.quick, "steps": args.steps, "pictures": args.pictures, "repeats": args.repeats,
+        "judges": args.judges, "sites": sites,
         "second_model": f"UNet2DConditionModel (64, 96, 128), {args.train} training steps of 32 pictures",
         "versions": versions(), "rows": rows,
         "default": choose(rows, args.steps * (1 + min(sites.values()))),

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwopt.backprop import Path as Way
 from rwopt.config import DialSettings, Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, Scores, score
@@ -30,7 +29,7 @@ from rwopt.schedule import Schedule
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import Case, load_cases
 from rwopt.tuners import Candidate, Parameter, Trial, Tuner
-from rwopt.tuners.gradient import GradientOptions, GradientTuner, Problem
+from rwopt.tuners.gradient import GradientTuner, Problem
 from rwopt.tuners.loop import Outcome, Report, ended, work
 from rwopt.tuners.optuna import OptunaTuner, Sharing
 from rwopt.tuners.spsa import SpsaTuner
@@ -291,7 +290,7 @@ class Workshop:
             task = self.prepare(self.cases("train"), self.settings.gradient.draws)
             problem = Problem(function, task, self.composites[OBJECTIVE], dials)
             return GradientTuner(
-                study, space, problem, place, seed, points, self.fingerprint, gradient_options(self.settings)
+                study, space, problem, place, seed, points, self.fingerprint, self.settings.gradient
             )
 
         return self.tune(name, name, make, meaning, trials, note, spent)
@@ -309,11 +308,3 @@ class Workshop:
         if all(term.spec.differentiable for term in self.composites[OBJECTIVE].objectives.values()):
             return "gradient"
         return "optuna" if dimension <= 30 else "spsa"
-
-
-def gradient_options(settings: Settings) -> GradientOptions:
-    """The recipe's `gradient` group for the tuner."""
-    g = settings.gradient
-    return GradientOptions(
-        Way(g.mode, g.last, g.stride), g.updates, g.batch, g.accumulate, g.rate, g.clip, g.pull, g.devices
-    )

@@ -13,23 +13,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, check, one_of
 from rwopt.files import package_folder
 from rwopt.probes import PROBES
 from rwopt.sites import GROUPINGS, KINDS
-from rwopt.tuners import GRADIENTS, SAMPLERS, TUNERS
+from rwopt.tuners import SAMPLERS, TUNERS
+from rwopt.tuners.options import GradientOptions
 from rwopt.tuners.storage import check_url
-
-
-def _check(ok: bool, key: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise UserError(f"{key}={value}: {remedy}")
-
-
-def _one_of(known: Sequence[str], key: str, value: str) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(value, known, 1, 0)
-        raise UserError(f"{key}={value}: did you mean {near[0]}? (one of {', '.join(known)})")
 
 
 @dataclass
@@ -57,9 +47,9 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "draws", "batch", "train", "validation", "test"):
-            _check(getattr(self, name) >= 1, f"task.{name}", getattr(self, name), "must be at least 1")
-        _one_of(("editing", "generation"), "task.name", self.name)
-        _one_of(("sdedit", "inversion"), "task.method", self.method)
+            check(getattr(self, name) >= 1, f"task.{name}", getattr(self, name), "must be at least 1")
+        one_of(("editing", "generation"), "task.name", self.name)
+        one_of(("sdedit", "inversion"), "task.method", self.method)
 
 
 @dataclass
@@ -76,8 +66,8 @@ class DialSettings:
             key, bounds, value = f"dials.{name}_bounds", getattr(self, f"{name}_bounds"), getattr(self, name)
             limits = f"from {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
             fits = len(bounds) == 2 and least <= bounds[0] < bounds[1] <= most and math.isfinite(bounds[1])
-            _check(fits, key, bounds, f"give two ascending numbers {limits}, [low, high]")
-            _check(least <= value <= most and math.isfinite(value), f"dials.{name}", value, f"give a number {limits}")
+            check(fits, key, bounds, f"give two ascending numbers {limits}, [low, high]")
+            check(least <= value <= most and math.isfinite(value), f"dials.{name}", value, f"give a number {limits}")
 
 
 @dataclass
@@ -91,30 +81,39 @@ class WeightSettings:
     radius: float = 0.4
 
     def __post_init__(self) -> None:
-        _check(self.knots >= 1, "weights.knots", self.knots, "must be at least 1")
-        _check(0 < self.radius < math.inf, "weights.radius", self.radius, "must be above 0 and finite")
-        _one_of(("residual", "output"), "weights.mode", self.mode)
-        _check(bool(self.kinds), "weights.kinds", self.kinds, f"name at least one of {', '.join(KINDS)}")
+        check(self.knots >= 1, "weights.knots", self.knots, "must be at least 1")
+        check(0 < self.radius < math.inf, "weights.radius", self.radius, "must be above 0 and finite")
+        one_of(("residual", "output"), "weights.mode", self.mode)
+        check(bool(self.kinds), "weights.kinds", self.kinds, f"name at least one of {', '.join(KINDS)}")
         for kind in self.kinds:
-            _one_of(KINDS, "weights.kinds", kind)
-        _one_of(GROUPINGS, "weights.group_by", self.group_by)
+            one_of(KINDS, "weights.kinds", kind)
+        one_of(GROUPINGS, "weights.group_by", self.group_by)
 
 
 @dataclass
 class ProbeSettings:
-    """The probe whose scores start the search: its name, how many train cases it sees, its own options."""
+    """The probe whose scores are shown and start the search: its name, how many train cases it sees, its own options.
+
+    start: from `scores` by rank, in [low, high]; `gradient`, a step along the slope of the objective, or
+    `gauss_newton`, the step of most reward for how much it moves the output (both need an objective with a gradient).
+    trust: how far these two go (largest log-gain; relative movement of the output).
+    """
 
     name: str = "ablation"
     cases: int = 16
     options: dict[str, Any] = field(default_factory=dict)
     low: float = 0.95
     high: float = 1.1
+    start: str = "scores"
+    trust: float = 0.1
 
     def __post_init__(self) -> None:
-        _one_of(tuple(PROBES), "probe.name", self.name)
-        _check(self.cases >= 1, "probe.cases", self.cases, "must be at least 1")
+        one_of(tuple(PROBES), "probe.name", self.name)
+        one_of(("scores", "gradient", "gauss_newton"), "probe.start", self.start)
+        check(0 < self.trust < math.inf, "probe.trust", self.trust, "must be above 0 and finite")
+        check(self.cases >= 1, "probe.cases", self.cases, "must be at least 1")
         fits = 0 < self.low < self.high < math.inf
-        _check(fits, "probe.low", self.low, f"must lie between 0 and probe.high={self.high}")
+        check(fits, "probe.low", self.low, f"must lie between 0 and probe.high={self.high}")
 
 
 @dataclass
@@ -129,9 +128,9 @@ class AnalyticSettings:
 
     def __post_init__(self) -> None:
         for name in ("cases", "rounds", "epochs"):
-            _check(getattr(self, name) >= 1, f"analytic.{name}", getattr(self, name), "must be at least 1")
+            check(getattr(self, name) >= 1, f"analytic.{name}", getattr(self, name), "must be at least 1")
         fits = 0 < self.low < self.high < math.inf
-        _check(fits, "analytic.low", self.low, f"must lie between 0 and analytic.high={self.high}")
+        check(fits, "analytic.low", self.low, f"must lie between 0 and analytic.high={self.high}")
 
 
 @dataclass
@@ -173,10 +172,10 @@ class TunerSettings:
     grace: float = 60.0
 
     def __post_init__(self) -> None:
-        _one_of(TUNERS, "tuner.name", self.name)
-        _one_of(SAMPLERS, "tuner.sampler", self.sampler)
+        one_of(TUNERS, "tuner.name", self.name)
+        one_of(SAMPLERS, "tuner.sampler", self.sampler)
         for name in ("trials", "dial_trials", "control_trials", "top_k"):
-            _check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
+            check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
         self._check_optuna()
 
     @property
@@ -186,55 +185,22 @@ class TunerSettings:
 
     def _check_optuna(self) -> None:
         fits = self.name in ("auto", "optuna") or not self.only_optuna
-        _check(fits, "tuner.name", self.name, "takes no tuner.objectives, .limits and .prune: use tuner.name=optuna")
+        check(fits, "tuner.name", self.name, "takes no tuner.objectives, .limits and .prune: use tuner.name=optuna")
         if self.storage:
             check_url(self.storage)
         names = self.objectives
-        _check(len(set(names)) == len(names), "tuner.objectives", names, "names one twice: give each once")
+        check(len(set(names)) == len(names), "tuner.objectives", names, "names one twice: give each once")
         several = len(names) > 1
-        _check(not (several and self.sampler == "cmaes"), "tuner.sampler", "cmaes", "takes one objective: use nsga2")
-        _check(not (several and self.prune), "tuner.prune", self.prune, "compares by one objective: set it to 0")
-        _check(0 <= self.prune < 0.5, "tuner.prune", self.prune, "must be a p-value from 0 (off) to below 0.5")
-        _check(0 <= self.slack < math.inf, "tuner.slack", self.slack, "must be 0 or more, and finite")
+        check(not (several and self.sampler == "cmaes"), "tuner.sampler", "cmaes", "takes one objective: use nsga2")
+        check(not (several and self.prune), "tuner.prune", self.prune, "compares by one objective: set it to 0")
+        check(0 <= self.prune < 0.5, "tuner.prune", self.prune, "must be a p-value from 0 (off) to below 0.5")
+        check(0 <= self.slack < math.inf, "tuner.slack", self.slack, "must be 0 or more, and finite")
         for name, bound in self.limits.items():
-            _check(math.isfinite(bound), f"tuner.limits.{name}", bound, "must be finite")
-        _check(self.part >= 1, "tuner.part", self.part, "must be at least 1")
-        _check(1 <= self.heartbeat < math.inf, "tuner.heartbeat", self.heartbeat, "must be at least 1 (seconds)")
+            check(math.isfinite(bound), f"tuner.limits.{name}", bound, "must be finite")
+        check(self.part >= 1, "tuner.part", self.part, "must be at least 1")
+        check(1 <= self.heartbeat < math.inf, "tuner.heartbeat", self.heartbeat, "must be at least 1 (seconds)")
         fits = 2 * self.heartbeat <= self.grace < math.inf
-        _check(fits, "tuner.grace", self.grace, f"must be at least twice tuner.heartbeat={self.heartbeat:g}")
-
-
-@dataclass
-class GradientSettings:
-    """For `tuner.name=gradient`: the way through the sampler, and Adam.
-
-    mode: full, truncated (the `last` steps) or detached (every `stride`-th step); draws: start noises of each train
-    case that it sees, so that it does not learn those of the scored ones by heart; updates: Adam steps from one
-    scored candidate to the next, each on `accumulate` x `batch` pictures; rate: step in log-gain; clip: largest
-    gradient norm; pull: weight of |theta - start|^2; devices: processes that share out the pictures.
-    """
-
-    mode: str = "full"
-    last: int = 2
-    stride: int = 1
-    draws: int = 4
-    updates: int = 5
-    batch: int = 32
-    accumulate: int = 1
-    rate: float = 0.05
-    clip: float = 1.0
-    pull: float = 0.0
-    devices: int = 1
-
-    def __post_init__(self) -> None:
-        _one_of(GRADIENTS, "gradient.mode", self.mode)
-        for name in ("last", "stride", "draws", "updates", "batch", "accumulate", "devices"):
-            _check(getattr(self, name) >= 1, f"gradient.{name}", getattr(self, name), "must be at least 1")
-        for name in ("rate", "clip"):
-            _check(0 < getattr(self, name) < math.inf, f"gradient.{name}", getattr(self, name), "must be above 0")
-        _check(0 <= self.pull < math.inf, "gradient.pull", self.pull, "must be 0 or more")
-        fits = self.accumulate >= self.devices
-        _check(fits, "gradient.accumulate", self.accumulate, f"must be at least gradient.devices={self.devices}")
+        check(fits, "tuner.grace", self.grace, f"must be at least twice tuner.heartbeat={self.heartbeat:g}")
 
 
 @dataclass
@@ -245,7 +211,7 @@ class TrackSettings:
     project: str = "rwopt"
 
     def __post_init__(self) -> None:
-        _one_of(("auto", "online", "offline", "off"), "track.wandb", self.wandb)
+        one_of(("auto", "online", "offline", "off"), "track.wandb", self.wandb)
 
 
 @dataclass
@@ -260,7 +226,7 @@ class Settings:
     analytic: AnalyticSettings = field(default_factory=AnalyticSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     tuner: TunerSettings = field(default_factory=TunerSettings)
-    gradient: GradientSettings = field(default_factory=GradientSettings)
+    gradient: GradientOptions = field(default_factory=GradientOptions)
     track: TrackSettings = field(default_factory=TrackSettings)
 
 

@@ -1,4 +1,9 @@
-"""The one error that bad input raises."""
+"""The one error that bad input raises, and two checks that raise it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -6,3 +11,16 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+def check(ok: bool, key: str, value: object, remedy: str) -> None:
+    """Raise unless `ok`."""
+    if not ok:
+        raise UserError(f"{key}={value}: {remedy}")
+
+
+def one_of(known: Sequence[str], key: str, value: str) -> None:
+    """Raise unless `value` is known; the remedy is the nearest one."""
+    if value not in known:
+        near = difflib.get_close_matches(value, known, 1, 0)
+        raise UserError(f"{key}={value}: did you mean {near[0]}? (one of {', '.join(known)})")

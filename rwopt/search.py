@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwopt import baselines
+from rwopt import baselines, starts
 from rwopt.apply import Attachment
 from rwopt.arms import Arm, Workshop, dial_box
+from rwopt.backprop import task_reward
 from rwopt.config import Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
@@ -103,8 +104,11 @@ class Search:
         path = self.folder / file
         if path.exists():
             return Importance.load(path)
-        probe = make_probe(name, **options)
         task = self.shop.task("train")
+        cases = min(cases, len(task))
+        if name == "reward_gradient":
+            options = {"reward": task_reward(task, self.shop.composites[OBJECTIVE], slice(0, cases)), **options}
+        probe = make_probe(name, **options)
         with Attachment(self.shop.model.unet, ids, mode) as attachment:
             x, cond, ts = task.inputs(attachment, self.shop.base, slice(0, cases))
             importance = probe(self.shop.model, attachment, x, cond, ts)
@@ -117,6 +121,18 @@ class Search:
         ids = [s.id for s in list_sites(self.shop.model.unet, self.settings.weights.kinds)]
         mode = make_probe(wanted.name, **wanted.options).mode
         return self.probe(wanted.name, "importance.json", ids, wanted.cases, mode, **wanted.options)
+
+    def start(self, function: WeightFunction) -> tuple[np.ndarray, int]:
+        """Theta [d] where the search for weights begins, as `probe.start` says, and the U-Net calls of its probes."""
+        wanted = self.settings.probe
+        if wanted.start == "scores":
+            importance = self.importance()
+            return starts.analytic(function, importance, wanted.low, wanted.high), importance.calls
+        slope = self.probe("reward_gradient", "slope.json", function.sites, wanted.cases, function.mode)
+        if wanted.start == "gradient":
+            return starts.gradient_step(function, slope, wanted.trust), slope.calls
+        gram = self.probe("gram", "gram.json", function.sites, wanted.cases, function.mode)
+        return starts.gauss_newton(function, slope, gram, wanted.trust), slope.calls + gram.calls
 
     def guidance(self) -> Arm:
         """Tuned dials without a schedule; every other tuned arm starts from them."""
@@ -164,13 +180,13 @@ class Search:
     def compared(self, dials: Arm) -> list[Arm]:
         """Every arm that learns no weights: plain, best guidance, the published schedules and their controls."""
         arms = [self.shop.fixed("plain", note=NOTES["plain"]), self.best_guidance(dials)]
-        starts = self.dial_starts(dials)
+        points = self.dial_starts(dials)
         tuner = self.settings.tuner
         for name, schedule in self.published().items():
             trials = tuner.trials + 2 * tuner.dial_trials if name == "analytic" else tuner.control_trials
             spent = (dials.evaluations, dials.calls + self.price(name))
             arms.append(self.shop.tune_dials(
-                name, schedule, trials, starts, note=NOTES[name], spent=spent, around=dials.dials
+                name, schedule, trials, points, note=NOTES[name], spent=spent, around=dials.dials
             ))  # fmt: skip
         return arms
 
@@ -192,17 +208,13 @@ class Search:
             WeightFunction.build(sites, [middle], wanted.group_by, wanted.mode),
         )
 
-    def learn(
-        self, dials: Arm, importance: Importance, seed: int, name: str = "learned", constant: bool = False
-    ) -> Arm:
+    def learn(self, dials: Arm, seed: int, name: str = "learned", constant: bool = False) -> Arm:
         """The learned arm, or its constant control: weights at the tuned dials, then dials for these weights."""
         function = self.functions()[1 if constant else 0]
-        start = function.fit(
-            baselines.ranked_schedule(importance, self.settings.probe.low, self.settings.probe.high)
-        )
+        start, price = self.start(function)
         weights = self.shop.tune_weights(
             f"{name} weights", function, dials.dials, {"plain": np.zeros(function.dimension), "probe": start}, seed,
-            spent=(dials.evaluations, dials.calls + importance.calls),
+            spent=(dials.evaluations, dials.calls + price),
         )  # fmt: skip
         return self.shop.tune_dials(
             name, weights.schedule, 2 * self.settings.tuner.dial_trials, self.dial_starts(dials),
@@ -259,8 +271,8 @@ class Search:
             dials = self.guidance()
             importance = self.importance()
             arms = self.compared(dials)
-            arms.append(self.learn(dials, importance, self.settings.tuner.seed, "constant", constant=True))
-            arms.append(self.learn(dials, importance, self.settings.tuner.seed))
+            arms.append(self.learn(dials, self.settings.tuner.seed, "constant", constant=True))
+            arms.append(self.learn(dials, self.settings.tuner.seed))
             path = self.folder / "schedule.json"
             if not path.exists():
                 self.describe(arms[-1], command).save(path)

@@ -231,8 +231,7 @@ def test_the_same_seed_gives_the_same_schedule(finished: Any, settings: config.S
     """The stages that lead to the schedule, once more in a new folder."""
     folder, _, _ = finished
     search = Search(settings, tmp_path / "run", Silent())
-    dials, importance = search.guidance(), search.importance()
-    learned = search.learn(dials, importance, settings.tuner.seed)
+    learned = search.learn(search.guidance(), settings.tuner.seed)
     search.describe(learned, COMMAND).save(tmp_path / "schedule.json")
     new, old = (json.loads((f / "schedule.json").read_text()) for f in (tmp_path, folder))
     assert new == old
@@ -254,7 +253,7 @@ def test_other_tuners_search_the_same_box(
     few = ["weights.group_by=kind", "tuner.name=auto", *change]
     other = config.load("editing", [*SETTINGS, f"model.name={settings.model.name}", *few])
     search = Search(other, tmp_path / "run", Silent())
-    made = search.learn(search.guidance(), search.importance(), 0)
+    made = search.learn(search.guidance(), 0)
     assert [origin for origin, _ in arm(tmp_path / "run", "learned weights").history][: len(origins)] == origins
     assert made.schedule is not None
     reach = other.weights.radius + np.log(other.probe.high)

@@ -8,47 +8,22 @@ State is on disk after each call and after each update (`<study>/trials.json`, `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path as File
 
 import numpy as np
 from torch import Tensor
 
 from rwopt.apply import Attachment
-from rwopt.backprop import Path, Reward, task_reward
+from rwopt.backprop import Reward, task_reward
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import Composite
 from rwopt.sampling import Condition
 from rwopt.tasks import Dials, Task
 from rwopt.tuners import Candidate, Parameter, Trial
+from rwopt.tuners.options import GradientOptions
 from rwopt.tuners.table import Table
 from rwopt.weights import WeightFunction
-
-
-@dataclass(frozen=True)
-class GradientOptions:
-    """updates: Adam steps between two proposals; each sees `accumulate` micro-batches of `batch` pictures.
-
-    rate: Adam's step in log-gain. clip: largest gradient norm. pull: weight of |theta - start|^2. devices: processes
-    (DDP over pictures); `accumulate` micro-batches are shared out, so give at least as many.
-    """
-
-    path: Path = field(default_factory=Path)
-    updates: int = 5
-    batch: int = 8
-    accumulate: int = 2
-    rate: float = 0.05
-    clip: float = 1.0
-    pull: float = 0.0
-    devices: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("updates", "batch", "accumulate", "devices"):
-            if getattr(self, name) < 1:
-                raise UserError(f"tuner.{name}={getattr(self, name)} must be at least 1")
-        if self.accumulate < self.devices:
-            raise UserError(f"tuner.accumulate={self.accumulate} leaves some of {self.devices} devices without work")
 
 
 class Problem:
@@ -91,17 +66,18 @@ class GradientTuner:
         seed: int = 0,
         starts: Mapping[str, Mapping[str, float]] | None = None,
         fingerprint: str = "",
-        options: GradientOptions = GradientOptions(),
+        options: GradientOptions | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        self.problem, self.seed, self.options, self.log = problem, seed, options, log
+        self.problem, self.seed, self.log = problem, seed, log
+        self.options = options or GradientOptions()
         self.names = problem.function.names
         box = {p.name: (p.low, p.high) for p in space}
         wide = [box.get(n, (-np.inf, np.inf)) for n in self.names]
         self.bounds = np.array([low for low, _ in wide]), np.array([high for _, high in wide])
         self.starts = dict(starts or {"plain": dict.fromkeys(self.names, 0.0)})
         self.folder = folder / study
-        self.table = Table(self.folder / "trials.json", f"{fingerprint}/{seed}/{options}")
+        self.table = Table(self.folder / "trials.json", f"{fingerprint}/{seed}/{self.options}")
 
     def propose(self) -> Candidate:
         """The next start, or theta after the next `updates` steps (which are made now)."""
@@ -113,7 +89,7 @@ class GradientTuner:
             if name not in tried:
                 theta = np.clip([point[n] for n in self.names], *self.bounds)
                 return self.table.add(self._values(theta), name)
-        done = [r for r in self.table.rows if r.origin == "gradient"]
+        done = [r for r in self.table.rows if "updates" in r.note]  # not by origin: a start may have any name
         target = (len(done) + 1) * self.options.updates
         theta, calls = self._advance(target)
         size = min(self.problem.pictures, getattr(getattr(self.problem, "task", None), "batch", self.problem.pictures))

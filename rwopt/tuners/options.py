@@ -1,0 +1,42 @@
+"""What a recipe's `gradient` group says. Loads no torch, as recipes are read before anything heavy is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rwopt.errors import check, one_of
+from rwopt.tuners import GRADIENTS
+
+
+@dataclass
+class GradientOptions:
+    """For `tuner.name=gradient`: the way through the sampler (`rwopt.backprop.Path`), and Adam.
+
+    mode: full, truncated (the `last` steps) or detached (every `stride`-th step); draws: start noises of each train
+    case that it sees, so that it does not learn those of the scored ones by heart; updates: Adam steps from one
+    scored candidate to the next, each on `accumulate` x `batch` pictures; rate: step in log-gain; clip: largest
+    gradient norm; pull: weight of |theta - start|^2; devices: processes that share out the `accumulate` batches (DDP).
+    """
+
+    mode: str = "full"
+    last: int = 2
+    stride: int = 1
+    draws: int = 4
+    updates: int = 5
+    batch: int = 32
+    accumulate: int = 1
+    rate: float = 0.05
+    clip: float = 1.0
+    pull: float = 0.0
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        one_of(GRADIENTS, "gradient.mode", self.mode)
+        for name in ("last", "stride", "draws", "updates", "batch", "accumulate", "devices"):
+            check(getattr(self, name) >= 1, f"gradient.{name}", getattr(self, name), "must be at least 1")
+        for name in ("rate", "clip"):
+            check(0 < getattr(self, name) < math.inf, f"gradient.{name}", getattr(self, name), "must be above 0")
+        check(0 <= self.pull < math.inf, "gradient.pull", self.pull, "must be 0 or more")
+        fits = self.accumulate >= self.devices
+        check(fits, "gradient.accumulate", self.accumulate, f"must be at least gradient.devices={self.devices}")
