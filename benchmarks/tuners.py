@@ -246,7 +246,8 @@ def markdown(result: dict[str, Any]) -> str:
     first = result["summary"]
     return "\n".join([*table(first, "tuner", True), "", *table(result["starts"], "start", False), "",
                       f"Gain: validated objective minus the plain model's, mean and 95 % interval over "
-                      f"{first[0]['seeds']} seeds ({result['starts'][0]['seeds']} for starts). `{result['command']}`"])  # fmt: skip
+                      f"{first[0]['seeds']} seeds ({result['starts'][0]['seeds']} for starts). "
+                      f"`{result['command']}`"])  # fmt: skip
 
 
 def main() -> None:

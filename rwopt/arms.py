@@ -205,7 +205,7 @@ class Workshop:
         def evaluate(candidate: Candidate, report: Report) -> Outcome:
             return self.measure.train(*decode(candidate.values), candidate.number, report)
 
-        work(tuner, trials, evaluate, told, f"arm {name}")
+        work(tuner, trials, evaluate, told, f"arm {name}", together=self.measure.together(decode))
         self.task("validation")
         before = self.model.calls
         chosen, outcome, choice = self.measure.choose(name, finished, decode, self.settings.tuner.top_k)

@@ -153,6 +153,9 @@ class TunerSettings:
     `slack`. limits: {name: worst mean allowed}. prune: p-value below which a losing candidate is given up (0: never),
     looked at after each `part` cases. storage: URL of studies that `rwopt worker` joins (none: study.db in the run
     folder); heartbeat, grace: seconds between a worker's signs of life, and until one counts as gone.
+
+    together: candidates proposed and scored at once, knowing nothing of each other's scores: what their trajectories
+    share is computed once, and they share U-Net calls if `task.batch` holds more pictures than a candidate has.
     """
 
     name: str = "auto"
@@ -167,6 +170,7 @@ class TunerSettings:
     limits: dict[str, float] = field(default_factory=dict)
     prune: float = 0.0
     part: int = 8
+    together: int = 1
     storage: str = ""
     heartbeat: float = 10.0
     grace: float = 60.0
@@ -174,7 +178,7 @@ class TunerSettings:
     def __post_init__(self) -> None:
         one_of(TUNERS, "tuner.name", self.name)
         one_of(SAMPLERS, "tuner.sampler", self.sampler)
-        for name in ("trials", "dial_trials", "control_trials", "top_k"):
+        for name in ("trials", "dial_trials", "control_trials", "top_k", "together"):
             check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
         self._check_optuna()
 
@@ -197,6 +201,8 @@ class TunerSettings:
         check(0 <= self.slack < math.inf, "tuner.slack", self.slack, "must be 0 or more, and finite")
         for name, bound in self.limits.items():
             check(math.isfinite(bound), f"tuner.limits.{name}", bound, "must be finite")
+        fits = self.together == 1 or not self.prune
+        check(fits, "tuner.together", self.together, "gives nothing up early: set it to 1, or tuner.prune to 0")
         check(self.part >= 1, "tuner.part", self.part, "must be at least 1")
         check(1 <= self.heartbeat < math.inf, "tuner.heartbeat", self.heartbeat, "must be at least 1 (seconds)")
         fits = 2 * self.heartbeat <= self.grace < math.inf

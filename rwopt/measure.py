@@ -16,7 +16,7 @@ from rwopt.objectives import make_objective
 from rwopt.schedule import Schedule
 from rwopt.tasks import Dials, Task
 from rwopt.tuners import Trial, pareto, top
-from rwopt.tuners.loop import Outcome, Report
+from rwopt.tuners.loop import Outcome, Report, Together
 
 if TYPE_CHECKING:
     from rwopt.arms import Workshop
@@ -45,13 +45,16 @@ class Measure:
     def several(self) -> bool:
         return len(self.names) > 1
 
-    def cases(self, task: Task, dials: Dials, schedule: Schedule | None) -> dict[str, np.ndarray]:
-        """Of each objective and limit the score of each case [C], higher is better; NaN where it is not defined."""
+    def cases(self, task: Task, points: Sequence[tuple[Dials, Schedule | None]]) -> list[dict[str, np.ndarray]]:
+        """Of each candidate and objective or limit each case's score [C], higher is better; NaN where undefined."""
         wanted = list(dict.fromkeys((*self.names, *self.limits)))
         composites = {OBJECTIVE: self.shop.composites[OBJECTIVE]} if OBJECTIVE in wanted else {}
         singles = [name for name in wanted if name != OBJECTIVE]
-        values = score(task, task.images(dials, schedule), composites, singles).values
-        return {name: self.signs[name] * values[name] for name in wanted}
+        out = []
+        for images in task.candidates(points):
+            values = score(task, images, composites, singles).values
+            out.append({name: self.signs[name] * values[name] for name in wanted})
+        return out
 
     def outcome(self, values: Mapping[str, np.ndarray], calls: int = 0) -> Outcome:
         """Means over the cases that have a value, and by how much they break the limits."""
@@ -59,11 +62,12 @@ class Measure:
         excess = {name: self.signs[name] * bound - means[name] for name, bound in self.limits.items()}
         return Outcome(tuple(means[name] for name in self.names), calls, excess)
 
-    def of(self, split: str, dials: Dials, schedule: Schedule | None) -> Outcome:
-        """One candidate on all cases of a split."""
+    def of(self, split: str, *points: tuple[Dials, Schedule | None]) -> list[Outcome]:
+        """Candidates on all cases of a split, together; U-Net calls are shared out evenly."""
         task, before = self.shop.task(split), self.shop.model.calls
-        values = self.cases(task, dials, schedule)
-        return self.outcome(values, self.shop.model.calls - before)
+        values = self.cases(task, points)
+        calls, rest = divmod(self.shop.model.calls - before, len(points))
+        return [self.outcome(v, calls + (i < rest)) for i, v in enumerate(values)]
 
     def train(self, dials: Dials, schedule: Schedule | None, number: int, report: Report) -> Outcome:
         """One candidate on the train cases, part by part if it may be given up on the way.
@@ -72,7 +76,7 @@ class Measure:
         case decides about all. Calls are counted as if the parts had shared full batches.
         """
         if not self.prune:
-            return self.of("train", dials, schedule)
+            return self.of("train", (dials, schedule))[0]
         parts, model = self.parts(), self.shop.model
         before, batch = model.calls, parts[0][0].batch
         values: dict[str, np.ndarray] = {}
@@ -81,7 +85,7 @@ class Measure:
         fraction = -(-pictures // batch) / sum(-(-len(task) // batch) for task, _ in parts)
         begin = number % len(parts)
         for task, rows in parts[begin:] + parts[:begin]:
-            for name, column in self.cases(task, dials, schedule).items():
+            for name, column in self.cases(task, [(dials, schedule)])[0].items():
                 values.setdefault(name, np.full(total, np.nan))[rows] = column
             calls = max(1, round((model.calls - before) * fraction))
             own = values[self.names[0]]
@@ -90,6 +94,11 @@ class Measure:
             if report({case: float(own[case]) for case in rows}) and np.isnan(own).any():
                 return Outcome(None, calls)
         return self.outcome(values, calls)
+
+    def together(self, decode: Decode) -> Together:
+        """Scores several candidates on the train cases at once, as many as `tuner.together` says."""
+        size = self.shop.settings.tuner.together
+        return Together(size, lambda candidates: self.of("train", *(decode(c.values) for c in candidates)))
 
     def parts(self) -> list[tuple[Task, list[int]]]:
         """The train cases in random parts of `tuner.part`: a task of each and its cases' numbers."""
@@ -113,7 +122,7 @@ class Measure:
             best, about = top(trials, k), dict[str, Any]()
         else:
             best, about = self._from_front(top(trials, len(trials)), k)
-        validated = [self.of("validation", *decode(t.candidate.values)) for t in best]
+        validated = self.of("validation", *(decode(t.candidate.values) for t in best))
         rows = [i for i, v in enumerate(validated) if v.scores is not None and np.isfinite(v.scores).all()]
         if not rows:
             raise UserError(f"arm {name} has no finite objective on validation cases; check objective.terms")
@@ -126,7 +135,7 @@ class Measure:
         return best[chosen], validated[chosen], about
 
     def _plain(self, split: str) -> np.ndarray:
-        return np.array(self.of(split, self.shop.base, None).scores)
+        return np.array(self.of(split, (self.shop.base, None))[0].scores)
 
     def _from_front(self, trials: Sequence[Trial], k: int) -> tuple[list[Trial], dict[str, Any]]:
         """The front's k best by the rule, on train cases; and what the result says of the front."""

@@ -121,4 +121,4 @@ def _help(tuner: OptunaTuner, decode: Meaning, shop: Workshop, say: Say) -> int:
         say(f"{study}: trial {candidate.number}, {candidate.origin}: {score} (best before {best:.4f})")
         return outcome
 
-    return work(tuner, int(tuner.asked), evaluate, told, study)
+    return work(tuner, int(tuner.asked), evaluate, told, study, together=shop.measure.together(decode))

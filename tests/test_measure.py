@@ -45,7 +45,7 @@ def test_parts_give_what_the_whole_gives(make: Make) -> None:
         seen.update(scores)
         return False
 
-    whole = shop.measure.of("train", shop.base, None)
+    whole = shop.measure.of("train", (shop.base, None))[0]
     parts = shop.measure.train(shop.base, None, 0, report)
     assert parts.scores == pytest.approx(whole.scores, abs=1e-5)
     assert parts.excess == pytest.approx(whole.excess, abs=1e-5)
@@ -68,7 +68,7 @@ def test_who_is_given_up_has_no_score_and_costs_less(make: Make) -> None:
 def test_less_is_better_counts_negative(make: Make) -> None:
     shop = make("tuner.objectives=[objective,judge.distance]", "tuner.limits={judge.distance: 0.01}")
     assert shop.measure.labels == [OBJECTIVE, "-judge.distance"]
-    outcome = shop.measure.of("train", shop.base, None)
+    outcome = shop.measure.of("train", (shop.base, None))[0]
     assert outcome.scores is not None
     assert outcome.scores[1] < 0
     assert outcome.excess["judge.distance"] == pytest.approx(-outcome.scores[1] - 0.01)  # the distance above its limit
@@ -85,8 +85,8 @@ def test_the_front_is_chosen_from_by_the_rule(make: Make) -> None:
         assert outcome.scores is not None
         trials.append(Trial(Candidate(i, point), outcome.scores[0], 2, outcome.scores))
     chosen, outcome, about = shop.measure.choose("learned", trials, decode, 9)
-    values = np.array([shop.measure.of("validation", *decode(t.candidate.values)).scores for t in trials])
-    plain = np.array(shop.measure.of("validation", shop.base, None).scores)
+    values = np.array([shop.measure.of("validation", decode(t.candidate.values))[0].scores for t in trials])
+    plain = np.array(shop.measure.of("validation", (shop.base, None))[0].scores)
     train = np.array([t.scores for t in trials])
     fits = [i for i in pareto.front(train) if values[i, 1] >= plain[1]]
     assert chosen.candidate.number == max(fits, key=lambda i: values[i, 0])

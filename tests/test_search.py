@@ -107,7 +107,7 @@ def test_prices_cover_the_start_the_probe_the_trials_and_the_validation(
     weights = arm(folder, "learned weights")
     # an update: forward, its re-run, backward as two, on 2 of the 6 pictures that a batch call holds
     update = -(-4 * steps * settings.gradient.batch // (settings.gradient.draws * settings.task.train))
-    searched = steps * (TRIALS + len({score for _, score in weights.history}))  # train, and validation of the top k
+    searched = steps * (TRIALS + 1)  # train; and the top k on validation cases, which fit into one batch
     assert weights.calls - (dials.calls + probes["importance"] + searched) == update
     assert calls["learned"] > weights.calls + steps * 2 * DIAL_TRIALS
 
@@ -245,6 +245,9 @@ def test_the_same_seed_gives_the_same_schedule(finished: Any, settings: config.S
         (["tuner.name=optuna"], ["plain", "probe", "sampler"]),
         (["tuner.name=spsa", "tuner.trials=5"], ["plain", "probe", "pair", "pair", "centre"]),
         (["objective.terms.judge.accuracy=1"], ["plain", "probe", "sampler"]),  # auto: a term without gradient
+        (["tuner.name=optuna", "tuner.together=3"], ["plain", "probe", "sampler"]),
+        (["probe.start=gradient"], ["plain", "probe", "gradient"]),
+        (["probe.start=gauss_newton", "probe.name=reward_gradient"], ["plain", "probe", "gradient"]),
     ],
 )
 def test_other_tuners_search_the_same_box(

@@ -128,7 +128,7 @@ def test_a_search_of_several_objectives_or_that_gives_up_early(
     """The stages that lead to the schedule, and what the schedule file says of the choice."""
     wanted = config.load("editing", [*SETTINGS, f"model.name={model}", "tuner.name=optuna", *settings])
     search = Search(wanted, tmp_path / "run", Silent())
-    learned = search.learn(search.guidance(), search.importance(), 0)
+    learned = search.learn(search.guidance(), 0)
     search.describe(learned, "rwopt search recipe=editing").save(tmp_path / "schedule.json")
     choice = Schedule.load(tmp_path / "schedule.json").provenance.get("choice", {})
     if "tuner.prune=0.1" in settings:

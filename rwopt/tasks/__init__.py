@@ -20,9 +20,10 @@ from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import Batch
-from rwopt.sampling import Condition, Weights, sample
+from rwopt.sampling import Condition, Weights
 from rwopt.schedule import Schedule
 from rwopt.tasks.cases import Case
+from rwopt.together import sample_together
 
 
 @dataclass(frozen=True)
@@ -71,32 +72,45 @@ class Task(ABC):
     def images(
         self, dials: Dials, schedule: Schedule | None = None, attachment: Attachment | None = None
     ) -> Tensor:
-        """All pictures [N, 3, H, W] in [0, 1] with these dials and this schedule (None: the plain model)."""
-        own = attachment is None
-        if attachment is None:
-            attachment = (
-                Attachment(self.model.unet, ())
-                if schedule is None
-                else Attachment(self.model.unet, schedule.sites, schedule.mode)
-            )
-        elif schedule is not None and (attachment.sites, attachment.mode) != (schedule.sites, schedule.mode):
-            raise ValueError("the attachment must have the sites and the mode of the schedule")
-        weights: Weights | None = None
-        if schedule is not None:
-            table = schedule
+        """All pictures [N, 3, H, W] in [0, 1] with these dials and this schedule (None: the plain model).
 
-            def weights(sigma: float) -> Tensor:
-                return torch.from_numpy(table.at(sigma)).float().to(self.model.device)
+        Raises ValueError if an `attachment` is given that has not the sites and the mode of the schedule.
+        """
+        return self.candidates([(dials, schedule)], attachment)[0]
 
-        try:
-            parts = []
-            for i in range(0, len(self), self.batch):
-                x, cond, ts = self.inputs(attachment, dials, slice(i, i + self.batch))
-                parts.append(self.model.decode(sample(self.model, attachment, x, cond, ts, weights)))
-            return torch.cat(parts)
-        finally:
-            if own:
-                attachment.remove()
+    def candidates(
+        self, points: Sequence[tuple[Dials, Schedule | None]], attachment: Attachment | None = None
+    ) -> list[Tensor]:
+        """`images` of several candidates: what they share is computed once, and small sets of cases share batches."""
+        room = self.batch if 2 * len(self) <= self.batch else 1  # parts of one candidate are as they are alone
+        out: list[list[Tensor]] = [[] for _ in points]
+        kin: dict[object, list[int]] = {}  # whose U-Net calls can be one: the same timesteps, rows and sites
+        for i, (dials, schedule) in enumerate(points):
+            where = None if schedule is None else (schedule.sites, schedule.mode)
+            kin.setdefault((dials.strength, dials.guidance == 1, where), []).append(i)
+        for members in kin.values():
+            dials, schedule = points[members[0]]
+            own = None if attachment is not None else attach(self.model, schedule)
+            hooks = own or attachment
+            assert hooks is not None
+            if schedule is not None and (hooks.sites, hooks.mode) != (schedule.sites, schedule.mode):
+                raise ValueError("the attachment must have the sites and the mode of the schedule")
+            given = [(points[i][0].guidance, self._weights(points[i][1])) for i in members]
+            try:
+                for start in range(0, len(self), self.batch):
+                    x, cond, ts = self.inputs(hooks, dials, slice(start, start + self.batch))
+                    ends = sample_together(self.model, hooks, x, cond, ts, given, room)
+                    for i, latents in zip(members, ends, strict=True):
+                        out[i].append(self.model.decode(latents))
+            finally:
+                if own is not None:
+                    own.remove()
+        return [torch.cat(parts) for parts in out]
+
+    def _weights(self, schedule: Schedule | None) -> Weights | None:
+        if schedule is None:
+            return None
+        return lambda sigma: torch.from_numpy(schedule.at(sigma)).float().to(self.model.device)
 
     def describe(self, images: Tensor) -> Batch:
         """The pictures with what is known of their cases."""
@@ -108,6 +122,11 @@ class Task(ABC):
             changed=[list(c.change) for c in self.cases],
             hidden=[c.hidden for c in self.cases],
         )
+
+
+def attach(model: Model, schedule: Schedule | None) -> Attachment:
+    """Hooks for a schedule; none for the plain model."""
+    return Attachment(model.unet, ()) if schedule is None else Attachment(model.unet, schedule.sites, schedule.mode)
 
 
 def make_task(

@@ -96,6 +96,9 @@ class GradientTuner:
         spent = -(-calls // size) - sum(r.note["spent"] for r in done)
         return self.table.add(self._values(theta), "gradient", spent, updates=target, spent=spent)
 
+    def ready(self) -> bool:
+        return any(name not in {r.origin for r in self.table.rows} for name in self.starts)
+
     def observe(self, candidate: Candidate, score: float, calls: int = 0) -> None:
         self.table.close(candidate.number, score, calls)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -31,6 +31,14 @@ class Outcome:
     excess: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Together:
+    """How many candidates are proposed before they are scored, and who scores them."""
+
+    size: int
+    evaluate: Callable[[Sequence[Candidate]], Sequence[Outcome]]
+
+
 def work(
     tuner: Tuner,
     trials: int,
@@ -38,15 +46,16 @@ def work(
     told: Callable[[Trial], None] = lambda trial: None,
     name: str = "study",
     pause: float = 0.3,
+    together: Together | None = None,
 ) -> int:
     """Evaluate candidates until the study has `trials`, or all that it was asked for; the number that this loop ended.
 
     told: called once for each trial that is scored or was stopped early (score NaN), whoever evaluated it, first for
-    those that are there already. Raises `UserError` if more candidates than that had no finite score, or if the
-    storage fails.
+    those that are there already. together: for several candidates at once, if the tuner has them. Raises `UserError` if
+    more candidates than that had no finite score, or if the storage fails.
     """
     try:
-        return _work(tuner, trials, evaluate, told, name, pause)
+        return _work(tuner, trials, evaluate, told, name, pause, together or Together(1, lambda _: []))
     except StorageInternalError as error:
         why = " ".join(str(error.__cause__ or error).split("\n", 1)[0].split())
         raise UserError(f"{name}: the study's storage failed ({why}): start again, scored trials are kept") from None
@@ -59,6 +68,7 @@ def _work(
     told: Callable[[Trial], None],
     name: str,
     pause: float,
+    together: Together,
 ) -> int:
     seen, done, failed = set[int](), 0, 0
     shared = tuner if isinstance(tuner, OptunaTuner) else None
@@ -74,24 +84,40 @@ def _work(
                 return done
             if len(seen) >= trials:
                 return done
-            candidate = shared.claim(table) if shared else tuner.propose()
-            if candidate is None:  # others have the last ones in hand
+            candidates = _claim(tuner, min(together.size, trials - len(seen)), table)
+            if not candidates:  # others have the last ones in hand
                 time.sleep(pause)
                 continue
-            outcome = evaluate(candidate, partial(shared.report, candidate) if shared else _go_on)
-            if shared and outcome.scores is None:
-                shared.prune(candidate, outcome.calls)
-            elif shared:
-                shared.observe(candidate, outcome.scores or (), outcome.calls, outcome.excess)
+            if len(candidates) > 1:
+                outcomes = together.evaluate(candidates)
             else:
-                tuner.observe(candidate, math.nan if outcome.scores is None else outcome.scores[0], outcome.calls)
-            if outcome.scores is None or all(map(math.isfinite, outcome.scores)):
-                done += 1
-            elif (failed := failed + 1) > trials:
-                raise UserError(f"{name}: {failed} candidates had no finite objective; check objective.terms")
+                report = partial(shared.report, candidates[0]) if shared else _go_on
+                outcomes = [evaluate(candidates[0], report)]
+            for candidate, outcome in zip(candidates, outcomes, strict=True):
+                if shared and outcome.scores is None:
+                    shared.prune(candidate, outcome.calls)
+                elif shared:
+                    shared.observe(candidate, outcome.scores or (), outcome.calls, outcome.excess)
+                else:
+                    tuner.observe(candidate, math.nan if outcome.scores is None else outcome.scores[0], outcome.calls)
+                if outcome.scores is None or all(map(math.isfinite, outcome.scores)):
+                    done += 1
+                elif (failed := failed + 1) > trials:
+                    raise UserError(f"{name}: {failed} candidates had no finite objective; check objective.terms")
     finally:
         if shared:
             shared.release()
+
+
+def _claim(tuner: Tuner, most: int, table: Ledger | None) -> list[Candidate]:
+    """Up to `most` candidates; fewer if the tuner wants scores first, none if others have the last ones in hand."""
+    out = list[Candidate]()
+    while len(out) < max(1, most) and (not out or tuner.ready()):
+        candidate = tuner.claim(None if out else table) if isinstance(tuner, OptunaTuner) else tuner.propose()
+        if candidate is None:
+            break
+        out.append(candidate)
+    return out
 
 
 def ended(tuner: Tuner, table: Ledger | None = None) -> list[Trial]:

@@ -184,6 +184,9 @@ class OptunaTuner:
             trial.suggest_float(p.name, p.low, p.high, step=p.step, log=p.log)
         return Candidate(trial.number, self._clip(trial.params), trial.user_attrs.get("origin", "sampler"))
 
+    def ready(self) -> bool:
+        return True
+
     def propose(self) -> Candidate:
         """`claim`, waiting while others have the last trials in hand."""
         while (candidate := self.claim(ledger := self.look())) is None:

@@ -93,6 +93,13 @@ class SpsaTuner:
             return self._add(self._values(path[len(path) // 2 :].mean(0)), "mean")
         return self._perturbed(len(pairs), 1)
 
+    def ready(self) -> bool:
+        """The starts, and the second half of a pair."""
+        rows, pairs = self.table.rows, self._pairs()
+        if any(name not in {r.origin for r in rows} for name in self.starts):
+            return True
+        return bool(pairs) and len(pairs[-1]) == 1 and pairs[-1][0].state != "failed"
+
     def observe(self, candidate: Candidate, score: float, calls: int = 0) -> None:
         """A pair with a score that is not finite moves nothing."""
         self.table.close(candidate.number, score, calls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from optuna.storages import InMemoryStorage
 
 from rwopt.errors import UserError
 from rwopt.tuners import SAMPLERS, Candidate, Trial, Tuner
-from rwopt.tuners.loop import Outcome, Report, ended, work
+from rwopt.tuners.loop import Outcome, Report, Together, _go_on, ended, work
 from rwopt.tuners.optuna import OptunaTuner
 from rwopt.tuners.spsa import SpsaTuner
 
@@ -71,6 +71,27 @@ def test_a_crash_gives_back_what_was_in_hand(reopen: Open) -> None:
     told: list[Trial] = []
     work(reopen(), 4, good, told.append)
     assert [t.candidate.values for t in told].count(held[0].values) == 1
+
+
+@pytest.mark.parametrize("size", [2, 3, 20])
+def test_several_at_once_are_the_trials_of_one_by_one(reopen: Open, tmp_path: Path, size: int) -> None:
+    """SPSA proposes its starts and each pair; random search whatever is missing. A kill between scores loses none."""
+    sizes: list[int] = []
+
+    def score(candidates: Sequence[Candidate]) -> list[Outcome]:
+        sizes.append(len(candidates))
+        return [good(candidate, _go_on) for candidate in candidates]
+
+    told: list[Trial] = []
+    assert work(reopen(), 8, good, told.append, together=Together(size, score)) == 8
+    most = 2 if isinstance(reopen(), SpsaTuner) else min(size, 8)
+    assert max(sizes) == most
+    assert [t.candidate.number for t in told] == list(range(8))
+    assert all(t.score == objective(t.candidate.values) for t in told)
+    if isinstance(reopen(), SpsaTuner):
+        alone: list[Trial] = []
+        work(SpsaTuner("s", BOX, tmp_path / "alone", 8, 0, STARTS, "f"), 8, good, alone.append)
+        assert told == alone  # what a pair is does not depend on who of it is scored first
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
