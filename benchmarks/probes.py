@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparison import ROOT, into
 
 from rwopt.apply import Attachment
 from rwopt.backprop import task_reward
@@ -41,7 +42,6 @@ from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import load_cases
 from rwopt.tasks.editing import to_tensor
 
-ROOT = Path(__file__).resolve().parent
 DIALS = Dials(4.0)
 Inputs = tuple[Any, Any, list[int], Callable[[torch.Tensor], torch.Tensor]]
 
@@ -184,6 +184,43 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return rho if np.isfinite(rho) else 0.0  # all equal: says nothing
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """Mean over steps of each probe on both models, then the default's by noise level."""
+    models = list(dict.fromkeys(r["model"] for r in result["rows"]))
+    names = {"teacher": "the raw output", "student": "the final latents"}
+    lines = []
+    for judge, what in names.items():
+        mine = [r for r in result["rows"] if r["oracle"] == judge]
+        if not mine:
+            continue
+        head = " | ".join(f"rho, {m}" for m in models)
+        lines += [f"Importance for {what}:", "", f"| probe | U-Net calls | {head} |", "|---" * (2 + len(models)) + "|"]
+        table = {(r["probe"], r["model"]): r for r in mine if r["noise_level"] is None}
+        order = sorted(dict.fromkeys(p for p, _ in table), key=lambda p: -min(table[p, m]["rho"] for m in models))
+        for probe in order:
+            cells = [_cell(table[probe, m]) for m in models]
+            lines.append(f"| {probe} | {table[probe, models[0]]['calls']} | {' | '.join(cells)} |")
+        lines.append("")
+    levels = sorted({r["noise_level"] for r in result["rows"] if r["noise_level"] is not None}, reverse=True)
+    lines += ["By noise level, embedded model:", "", "| probe | " + " | ".join(f"sigma {s:.2f}" for s in levels) + " |",
+              "|---" * (1 + len(levels)) + "|"]  # fmt: skip
+    shown = (result["default"], "voting (published)", "voting (repaired)", "reward gradient", "snr")
+    for probe in dict.fromkeys(shown):
+        at = {r["noise_level"]: r for r in result["rows"] if (r["probe"], r["model"]) == (probe, models[0])}
+        lines.append(f"| {probe} | " + " | ".join(_cell(at[s]) for s in levels) + " |")
+    below = (
+        f"{result['steps']} steps, {result['pictures']} pictures a probe, {result['judges']} of the oracle; mean and "
+        f"95 % interval over {result['repeats']} sets of pictures. `{result['command']}`"
+    )
+    lines += ["", below]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    band = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+    return f"{row['rho']:+.2f}{band}"
+
+
 def choose(rows: list[dict[str, Any]], budget: int) -> str:
     """The probe with the best mean rho on its worse model, at no more than `budget` calls."""
     means: dict[str, list[float]] = {}
@@ -202,8 +239,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sites", type=int, default=7, help="the first so many sites; the oracle takes 2^S calls")
     parser.add_argument("--train", type=int, default=1500, help="training steps of the second model")
+    parser.add_argument("--table", action="store_true", help="only make the docs' tables from the result file")
     parser.add_argument("--folder", type=Path, default=ROOT.parent / "lightning_logs" / "bench-probes")
     args = parser.parse_args()
+    if args.table:
+        result = json.loads((ROOT / "results" / "probes.json").read_text())
+        into(ROOT.parent / "docs" / "probes.md", "probes", markdown(result))
+        return
     probes = {**PROBES, **STUDENTS}
     if args.quick:
         args.repeats, args.pictures, args.judges, args.steps, args.train, args.sites = 2, 2, 2, 2, 3, 5
@@ -223,7 +265,9 @@ def main() -> None:
         "default": choose(rows, args.steps * (1 + min(sites.values()))),
     }  # fmt: skip
     write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    print("default:", result["default"])
+    print(markdown(result), f"default: {result['default']}", sep="\n")
+    if not args.quick:
+        into(ROOT.parent / "docs" / "probes.md", "probes", markdown(result))
 
 
 if __name__ == "__main__":

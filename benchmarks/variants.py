@@ -5,7 +5,8 @@ the train cases at the recipe's own dials, from the plain model, and scored on t
 model at the same dials: a choice among them must not see the test cases. Finished variants are kept in the run folder.
 
 Writes `benchmarks/results/variants.json` (rows: task, variant, numbers, calls, metric, mean, low, high, win_rate, p;
-differences to the plain model) and prints them as tables.
+differences to the plain model) and the tables in `docs/tuners.md`. Two processes may take a recipe each; what one has
+finished the other finds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import ROOT
+from comparison import ROOT, into
 
 from rwopt import config
 from rwopt.cli import _quiet
@@ -36,8 +37,12 @@ VARIANTS: dict[str, list[str]] = {
     "21 branches, constant": ["weights.knots=1"],
     "21 branches, 2 knots": ["weights.knots=2"],
     "21 branches (the recipe)": [],
+    "21 branches, rank 1": ["weights.rank=1"],
+    "21 branches, rank 2": ["weights.rank=2"],
     "21 branches, half the radius": ["weights.radius=0.4"],
     "21 branches, twice the radius": ["weights.radius=1.6"],
+    "branches, resnets and skips": ["weights.kinds=[self,cross,ff,resnet,skip]"],
+    "21 branches, three times the steps": ["gradient.updates=30"],
 }
 METRICS = {
     "editing": [OBJECTIVE, HELD_OUT, "judge.success_accuracy", "judge.realism", "truth.psnr"],
@@ -115,8 +120,10 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/variants.py", *sys.argv[1:]])
     result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
     write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    for recipe in recipes:
-        print(markdown(rows, recipe, command))
+    text = "\n\n".join(f"{recipe.capitalize()}:\n\n{markdown(rows, recipe, command)}" for recipe in recipes)
+    print(text)
+    if not args.quick:
+        into(ROOT.parent / "docs" / "tuners.md", "variants", text)
 
 
 if __name__ == "__main__":

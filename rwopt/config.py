@@ -72,16 +72,22 @@ class DialSettings:
 
 @dataclass
 class WeightSettings:
-    """Where weights act (`kinds` of site), their groups, how many knots on ln sigma, how far a log-gain may go."""
+    """Where weights act (`kinds` of site), their groups, how many knots on ln sigma, how far a log-gain may go.
+
+    rank: 0 for a number for each knot and group; else the table of log-gains has this rank, with fewer numbers.
+    """
 
     kinds: list[str] = field(default_factory=lambda: ["self", "cross", "ff"])
     group_by: str = "kind"
     knots: int = 3
     mode: str = "residual"
+    rank: int = 0
     radius: float = 0.4
 
     def __post_init__(self) -> None:
         check(self.knots >= 1, "weights.knots", self.knots, "must be at least 1")
+        fits = 0 <= self.rank <= self.knots
+        check(fits, "weights.rank", self.rank, f"must be 0 (full) to weights.knots={self.knots}")
         check(0 < self.radius < math.inf, "weights.radius", self.radius, "must be above 0 and finite")
         one_of(("residual", "output"), "weights.mode", self.mode)
         check(bool(self.kinds), "weights.kinds", self.kinds, f"name at least one of {', '.join(KINDS)}")

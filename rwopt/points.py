@@ -43,6 +43,7 @@ class Meaning:
             "base": self.base.to_dict(),
             "function": None if f is None else {
                 "sites": list(f.sites), "sigmas": f.sigmas.tolist(), "groups": f.groups, "mode": f.mode,
+                "rank": f.rank,
             },
             # all digits of the weights: a schedule file has fewer
             "schedule": None if schedule is None else {**schedule.to_dict(), "weights": schedule.weights.tolist()},

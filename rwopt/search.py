@@ -204,7 +204,7 @@ class Search:
         middle = float(np.exp((first + last) / 2))
         knots = [middle] if wanted.knots == 1 else np.exp(np.linspace(first, last, wanted.knots)).tolist()
         return (
-            WeightFunction.build(sites, knots, wanted.group_by, wanted.mode),
+            WeightFunction.build(sites, knots, wanted.group_by, wanted.mode, wanted.rank),
             WeightFunction.build(sites, [middle], wanted.group_by, wanted.mode),
         )
 

@@ -23,8 +23,10 @@ from rwopt.weights import WeightFunction, hat
 def basis(function: WeightFunction, sigmas: np.ndarray) -> np.ndarray:
     """B [K S, d]: derivative of the weights at noise levels `sigmas` [K] with respect to theta [d], at theta = 0."""
     hats = np.array([hat(function.sigmas, float(sigma)) for sigma in sigmas])  # [K, knots]
-    b: np.ndarray = np.einsum("ik,gs->iskg", hats, function.membership)
-    return b.reshape(len(sigmas) * len(function.sites), function.dimension)
+    rows = len(sigmas) * len(function.sites)
+    b: np.ndarray = np.einsum("ik,gs->iskg", hats @ function.waves if function.rank else hats, function.membership)
+    idle = np.zeros((rows, len(function.sigmas) * function.rank))  # a of a low rank moves nothing while b is 0
+    return np.hstack([idle, b.reshape(rows, -1)])
 
 
 def analytic(function: WeightFunction, importance: Importance, low: float = 0.95, high: float = 1.1) -> np.ndarray:

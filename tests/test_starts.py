@@ -16,6 +16,7 @@ SITES = ("a", "b", "c")
 SIGMAS = np.array([8.0, 2.0])
 TABLE = WeightFunction(SITES, SIGMAS, {s: [i] for i, s in enumerate(SITES)})  # one number a step and site
 ONE = WeightFunction(SITES, np.array([4.0]), {"all": [0, 1, 2]})
+LOW = WeightFunction(SITES, np.array([8.0, 3.0, 2.0]), {"ab": [0, 1], "c": [2]}, rank=2)
 TWO = WeightFunction(SITES, np.array([8.0, 2.0]), {"ab": [0, 1], "c": [2]})
 SLOPE = Importance(SITES, SIGMAS, np.array([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]]), method="reward_gradient")
 
@@ -31,7 +32,7 @@ def gram(seed: int = 0, student: bool = False) -> Importance:
     return Importance(SITES, SIGMAS, g.diagonal(axis1=1, axis2=2), method="gram", details=details)
 
 
-@pytest.mark.parametrize("function", [TABLE, ONE, TWO])
+@pytest.mark.parametrize("function", [TABLE, ONE, TWO, LOW])
 def test_basis_is_the_derivative_of_the_weights(function: WeightFunction) -> None:
     sigmas = np.array([16.0, 8.0, 4.0, 3.0, 1.0])  # also outside the knots
     b, h = starts.basis(function, sigmas), 1e-6

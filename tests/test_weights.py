@@ -89,6 +89,47 @@ def test_torch_table_is_differentiable(function: WeightFunction) -> None:
     assert torch.autograd.gradcheck(function.table, (theta,))
 
 
+@pytest.fixture
+def low(tiny_unet: Any) -> WeightFunction:
+    return WeightFunction.build(list_sites(tiny_unet, KINDS[1:]), KNOTS, "stage_kind", rank=2)
+
+
+def test_low_rank_is_a_product_around_the_plain_model(low: WeightFunction) -> None:
+    assert low.dimension == len(low.names) == len(set(low.names)) == 2 * (3 + 9)
+    assert (low.table(np.zeros(low.dimension)) == 1).all()
+    theta = theta_of(low)
+    logs = np.log(low.table(theta))
+    assert np.linalg.matrix_rank(logs, 1e-9) == 2
+    a, b = theta[:6].reshape(3, 2), theta[6:].reshape(2, 9)
+    cosines = np.array([[1, np.cos(np.pi * (k + 0.5) / 3)] for k in range(3)])
+    np.testing.assert_allclose(logs, (cosines + a) @ b @ low.membership)
+    both = torch.from_numpy(np.stack([theta, np.zeros_like(theta)]))
+    np.testing.assert_allclose(low.table(both)[0].numpy(), low.table(theta), rtol=1e-12)
+    slope = torch.zeros(low.dimension, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(low.table, (slope,))
+    (gradient,) = torch.autograd.grad(low.table(slope).sum(), slope)
+    assert (gradient[6:15] != 0).all()  # the plain model is no dead end: each group moves as a constant
+
+
+def test_low_rank_fits_what_has_it_and_the_nearest_of_the_rest(low: WeightFunction, function: WeightFunction) -> None:
+    for seed in range(5):
+        made = low.schedule(theta_of(low, seed))
+        np.testing.assert_allclose(low.schedule(low.fit(made)).weights, made.weights, rtol=1e-6)
+        full = theta_of(function, seed).reshape(3, 9)
+        left, sizes, right = np.linalg.svd(full)
+        near = left[:, :2] * sizes[:2] @ right[:2]  # Eckart-Young, in the log-gains of groups
+        found = low.table(low.fit(function.schedule(full.ravel())))
+        np.testing.assert_allclose(np.log(found), near @ low.membership, atol=1e-9)
+    constant = Schedule.constant(low.sites, [1.0], 1.2)
+    np.testing.assert_allclose(low.fit(constant)[:6].reshape(3, 2)[:, 0], 0, atol=1e-9)  # a constant needs no a
+    assert (low.fit(Schedule.constant(low.sites, [1.0])) == 0).all()
+
+
+def test_a_rank_too_high_is_refused(tiny_unet: Any) -> None:
+    with pytest.raises(UserError, match=r"weights\.rank=4 is outside 0 \(full\) \.\. 3"):
+        WeightFunction.build(list_sites(tiny_unet, KINDS[1:]), KNOTS, rank=4)
+
+
 def test_schedule_carries_the_notes(function: WeightFunction) -> None:
     schedule = function.schedule(theta_of(function), provenance={"seed": 3})
     assert schedule.sites == function.sites
