@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--draws", type=int, default=16, help="noises of each picture")
     parser.add_argument("--cases", type=int, default=64)
+    parser.add_argument("--table", action="store_true", help="only make the docs' table from the result file")
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-snr)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -156,8 +157,12 @@ def main() -> None:
         args.overrides = ["task.steps=2", "weights.knots=2", *args.overrides]
     _quiet()
     name = "snr-quick" if args.quick else "snr"
-    result = run(args, args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}")
-    write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    file = ROOT / "results" / f"{name}.json"
+    if args.table:
+        result = json.loads(file.read_text())
+    else:
+        result = run(args, args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}")
+        write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result))
     if not args.quick:
         into(ROOT.parent / "docs" / "probes.md", "snr", markdown(result))

@@ -63,7 +63,10 @@ class Teacher:
 
     def finish(self, i: int, weights: Tensor | np.ndarray | None = None) -> Tensor:
         """Final latents [N, C, h, w] of the run that has `weights` at step `i` and is plain after it: N - i calls."""
-        out = self.predict(i, weights)
+        return self.follow(i, self.predict(i, weights))
+
+    def follow(self, i: int, out: Tensor) -> Tensor:
+        """Final latents of the run in which step `i` gave `out`, and all later ones are plain: N - i - 1 calls."""
         x = self._step(i, out, self.states[i])
         for j in range(i + 1, len(self.ts)):
             x = self._step(j, predict(self.model, self.attachment, x, self.ts[j], self.cond), x)

@@ -21,7 +21,7 @@ from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice
-from rwopt.probes.teacher import Teacher
+from rwopt.probes.teacher import TRAJECTORIES, Teacher
 from rwopt.sampling import Condition
 from rwopt.sites import Site, find_sites, group_sites
 
@@ -40,6 +40,7 @@ class Voting:
     limit: largest accepted mean squared error at the first and last step, linear between; the mean is over
     the whole batch and both halves, before guidance. step: half-width of a proposal, likewise.
     eps: how far below a weight its threshold aims. reversed: the highest threshold gets B points.
+    trajectory: "teacher" as published; "student" has the error of the final latents, for N (N + 3) R E / 2 calls.
     """
 
     rounds: int = 15
@@ -53,12 +54,14 @@ class Voting:
     step: tuple[float, float] = (0.02, 0.05)
     eps: float = 1e-2
     reversed: bool = False
+    trajectory: str = "teacher"
     mode: ClassVar[str] = "output"
 
     def __post_init__(self) -> None:
         choice("update", self.update, ("probability", "hard", "soft"))
         choice("energy_guard", self.energy_guard, ("published", "fixed"))
         choice("teacher", self.teacher, ("rerun", "cached"))
+        choice("trajectory", self.trajectory, TRAJECTORIES)
         for name in ("rounds", "epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"probe.{name}={getattr(self, name)} must be at least 1")
@@ -77,14 +80,16 @@ class Voting:
 
         def student(i: int, weights: np.ndarray, skipped: np.ndarray) -> Tensor:
             off = skipped[column]
-            if not output:
-                return teacher.predict(i, np.where(off, 0.0, weights[column]))
-            with _skip(model.unet, [s for s, o in zip(sites, off, strict=True) if o]):
-                return teacher.predict(i, weights[column])
+            if output:
+                with _skip(model.unet, [s for s, o in zip(sites, off, strict=True) if o]):
+                    out = teacher.predict(i, weights[column])
+            else:
+                out = teacher.predict(i, np.where(off, 0.0, weights[column]))
+            return teacher.follow(i, out) if self.trajectory == "student" else out
 
-        run: Run = teacher.run
+        run: Run = lambda: teacher.view(self.trajectory)[1]  # noqa: E731
         if self.teacher == "cached":
-            kept = list(teacher.run())
+            kept = list(run())
             run = lambda: kept  # noqa: E731
         scores, details = self.vote(run, student, len(ts), len(groups))
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -23,7 +23,7 @@ from rwopt.probes.snr import Moments, watch
 from rwopt.probes.teacher import Teacher
 from rwopt.probes.voting import Voting, _skip, follow, points
 from rwopt.sampling import Condition, predict, sample
-from rwopt.sites import find_sites, list_sites
+from rwopt.sites import find_sites, group_sites, list_sites
 
 N, K, S = 2, 2, 7  # pictures, steps, sites (of the tiny U-Net, in 5 blocks)
 TS = [700, 300]
@@ -51,6 +51,7 @@ STUDENT = {
     "gram": K + TAILS * S,
     "reward_gradient": 4 * K,
     "shapley": K + TAILS * (1 + 2 * (S - 1)),
+    "voting": 2 * 3 * (K + TAILS),
 }
 CASES = [(name, "teacher" if name in STUDENT else None, guided) for name in PROBES for guided in (True, False)]
 CASES += [(name, "student", True) for name in STUDENT]
@@ -367,6 +368,31 @@ def test_voting_scores_blocks(model: Model) -> None:
     assert a.scores.max() <= 2 * 5
     assert (a.scores == b.scores).all()
     assert b.calls == K + K * 2 * 3
+
+
+def test_voting_along_the_student_judges_the_final_latents(model: Model) -> None:
+    """The walk sees the end of a run in which one step is weighed, skips and all, and the others are plain."""
+    x, cond, ts = inputs()
+    weights, off = np.array([0.9, 1.0, 0.8, 0.7, 0.95]), np.array([False, True, False, False, False])
+    seen: list[torch.Tensor] = []
+
+    class Once(Voting):
+        def vote(self, run: Any, student: Any, steps: int, blocks: int) -> tuple[np.ndarray, dict[str, Any]]:
+            seen.extend([*run(), *(student(i, weights, off) for i in range(steps))])
+            return np.ones((steps, blocks)), {}
+
+    blocks = group_sites(list_sites(model.unet), "block")
+    table = np.ones(S)
+    for weight, skip, members in zip(weights, off, blocks.values(), strict=True):
+        table[members] = 0.0 if skip else weight
+    with attach(model, "residual") as attachment:
+        Once(trajectory="student")(model, attachment, x, cond, ts)
+        plain, at = sample(model, attachment, x, cond, ts), [model.sigma(t) for t in ts]
+        rows = [{s: torch.as_tensor(table if s == at[i] else np.ones(S)).float() for s in at} for i in range(K)]
+        ends = [sample(model, attachment, x, cond, ts, row.get) for row in rows]
+    for found, expected in zip(seen, [plain] * K + ends, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert not torch.allclose(ends[0], plain)
 
 
 def test_a_skip_in_output_mode_is_the_residual_skip(model: Model) -> None:
