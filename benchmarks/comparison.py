@@ -24,9 +24,11 @@ from rwopt.arms import Arm
 from rwopt.cli import _quiet
 from rwopt.evaluation import Scores, compare
 from rwopt.files import write_text
+from rwopt.identity import versions
 from rwopt.progress import Bar
 from rwopt.results import Paired
-from rwopt.search import NOTES, Search, report_metrics, verdict, versions
+from rwopt.search import NOTES, Search
+from rwopt.verdict import report_metrics, verdict
 
 ROOT = Path(__file__).resolve().parent
 QUICK = [

@@ -30,13 +30,13 @@ from rwopt.backprop import task_reward
 from rwopt.cli import _quiet
 from rwopt.evaluation import interval
 from rwopt.files import write_text
+from rwopt.identity import versions
 from rwopt.models import Model, load_model
 from rwopt.objectives import Composite
 from rwopt.probes import Importance, make_probe
 from rwopt.probes.shapley import every_subset, exact_shapley, skip_loss
 from rwopt.probes.teacher import Teacher
 from rwopt.sampling import timesteps
-from rwopt.search import versions
 from rwopt.sites import list_sites
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import load_cases

@@ -30,13 +30,14 @@ from rwopt.apply import Attachment
 from rwopt.cli import _quiet
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare, interval, score
 from rwopt.files import write_text
+from rwopt.identity import versions
 from rwopt.models import Model
 from rwopt.probes import Importance
 from rwopt.probes.snr import Moments
 from rwopt.progress import Silent
 from rwopt.sampling import Condition, add_noise, predict, sample
 from rwopt.schedule import Schedule
-from rwopt.search import Search, versions
+from rwopt.search import Search
 from rwopt.sites import list_sites
 
 REACH = (0.1, 0.3)

@@ -34,8 +34,9 @@ from rwopt import config
 from rwopt.cli import _quiet
 from rwopt.evaluation import OBJECTIVE, interval
 from rwopt.files import write_text
+from rwopt.identity import versions
 from rwopt.progress import Silent
-from rwopt.search import Search, versions
+from rwopt.search import Search
 from rwopt.tuners import Parameter, Tuner
 from rwopt.tuners.gradient import GradientTuner, Problem
 from rwopt.tuners.options import GradientOptions

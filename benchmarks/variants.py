@@ -26,8 +26,9 @@ from rwopt import config
 from rwopt.cli import _quiet
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
 from rwopt.files import write_text
+from rwopt.identity import versions
 from rwopt.progress import Bar
-from rwopt.search import Search, versions
+from rwopt.search import Search
 
 VARIANTS: dict[str, list[str]] = {
     "7 transformers, mode output": ["weights.kinds=[transformer]", "weights.mode=output"],

@@ -183,7 +183,8 @@ def _search(args: argparse.Namespace) -> None:
     from rwopt.files import write_text
     from rwopt.progress import Bar
     from rwopt.report import terminal_table
-    from rwopt.search import Search, explain, headline
+    from rwopt.search import Search
+    from rwopt.verdict import explain, headline
 
     with Bar() as bar:
         search = Search(settings, folder, bar)

@@ -18,9 +18,9 @@ from rwopt.progress import Silent
 from rwopt.report import Report, image_grid
 from rwopt.results import Arm as Row
 from rwopt.schedule import Schedule
-from rwopt.search import report_metrics
 from rwopt.tasks import Dials, make_task
 from rwopt.tasks.cases import Case
+from rwopt.verdict import report_metrics
 
 
 def own_dials(schedule: Schedule | None, guidance: float, strength: float) -> Dials:

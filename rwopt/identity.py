@@ -1,8 +1,12 @@
-"""What makes two searches the same: the recipe without what only says where it runs, and the model's own weights."""
+"""What makes two searches the same (the recipe without what only says where it runs, and the model's own weights), and
+what a run was made with.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import platform
 from dataclasses import replace
 
 import torch
@@ -29,3 +33,16 @@ def fingerprint(settings: Settings, model: Model) -> str:
         tuner=replace(settings.tuner, storage="", heartbeat=1, grace=2),
     )
     return hashlib.sha256((to_yaml(bare) + weights_digest(model)).encode()).hexdigest()
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    packages = ("rwopt", "torch", "diffusers", "transformers", "optuna", "numpy", "wandb")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}

@@ -5,8 +5,6 @@ Each stage leaves its result in the run folder and is skipped if it is there, so
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,11 +20,10 @@ from rwopt.arms import Arm, Workshop, dial_box
 from rwopt.backprop import task_reward
 from rwopt.config import Settings, to_yaml
 from rwopt.errors import UserError
-from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
+from rwopt.evaluation import OBJECTIVE, compare
 from rwopt.files import locked, sweep, write_text
-from rwopt.identity import fingerprint
+from rwopt.identity import fingerprint, version, versions
 from rwopt.models import load_model
-from rwopt.objectives import make_objective
 from rwopt.probes import Importance, make_probe
 from rwopt.progress import Progress
 from rwopt.report import (
@@ -38,12 +35,12 @@ from rwopt.report import (
     write_html,
 )
 from rwopt.results import Arm as Row
-from rwopt.results import Metric, Paired
 from rwopt.sampling import timesteps
 from rwopt.schedule import Schedule, noise_block
 from rwopt.sites import group_sites, list_sites
 from rwopt.tasks.cases import SPLITS
 from rwopt.tracking import FanOut, open_tracker, wandb_mode
+from rwopt.verdict import report_metrics, verdict
 from rwopt.weights import WeightFunction
 
 CONTROLS = ("gradient norm", "uniform mean", "reversed", "permuted sites", "permuted steps")
@@ -367,78 +364,6 @@ class Search:
         image_grid(columns, path, captions)
 
 
-def report_metrics(settings: Settings) -> list[Metric]:
-    """The optimised objective, the same by the held-out judge, and the recipe's own columns."""
-    columns = [Metric(OBJECTIVE, True), Metric(HELD_OUT, False)]
-    for name, optimised in settings.objective.report.items():
-        spec = make_objective(name).spec
-        decibels = spec.higher_is_better and spec.range[1] > 1
-        columns.append(Metric(name, optimised, spec.higher_is_better, ".2f" if decibels else ".3f"))
-    return columns
-
-
-def headline(settings: Settings) -> list[str]:
-    """The two metrics whose paired differences the terminal shows; the page has them all."""
-    return [m.name for m in report_metrics(settings) if m.name in (OBJECTIVE, HELD_OUT)]
-
-
-def explain(settings: Settings) -> str:
-    """What the two headline metrics are, for somebody who did not write the recipe."""
-    terms = ", ".join(n if w == 1 else f"{n} (weight {w:g})" for n, w in settings.objective.terms.items())
-    return (
-        f"{OBJECTIVE}: what the search saw, the geometric mean of {terms}. "
-        f"{HELD_OUT}: the same from a judge that it never saw."
-    )
-
-
 def dial_text(arm: Arm, settings: Settings) -> str:
     names = [p.name for p in dial_box(settings.task.name, settings.dials)]
     return ", ".join(f"{n} {arm.dials.to_dict()[n]:g}" for n in names)
-
-
-def verdict(paired: Sequence[Paired]) -> list[str]:
-    """Plain sentences: learned against analytic, what weights add, what time adds; ties are called ties."""
-
-    def said(a: str, b: str, question: str) -> str:
-        row = next(p for p in paired if (p.a, p.b, p.metric) == (a, b, OBJECTIVE))
-        held = [p for p in paired if (p.a, p.b) == (a, b) and not p.optimised]
-        ups = [p.metric for p in held if better(p) > 0]
-        downs = [p.metric for p in held if better(p) < 0]
-        moved = [f"better on {', '.join(ups)}"] * bool(ups) + [f"worse on {', '.join(downs)}"] * bool(downs)
-        same = len(held) - len(ups) - len(downs)
-        moved += [f"no clear difference on {same if moved else f'any of {same}'}"] * bool(same)
-        word = {1: "better", 0: "no clear difference", -1: "worse"}[better(row)]
-        p = "< 0.001" if row.p < 0.001 else f"= {row.p:.2g}"
-        return (
-            f"{question}: {word} on the objective, {row.mean:+.4f} (95 % interval {row.low:+.4f} to {row.high:+.4f}; "
-            f"wins {row.win_rate:.0%} of {row.cases} cases, p {p}). Held out: {'; '.join(moved)}."
-        )
-
-    return [
-        said("learned", "analytic", "Learned against the published analytic schedule"),
-        said("learned", "best guidance", "Learned against tuned guidance without weights"),
-        said("learned", "constant", "Learned against constant weights (what time dependence adds)"),
-    ]
-
-
-def better(row: Paired) -> int:
-    """+1 where a is better with its interval off zero, -1 where it is worse, else 0 (with regard to the direction)."""
-    up = row.metric in (OBJECTIVE, HELD_OUT) or make_objective(row.metric).spec.higher_is_better
-    sign = 1 if up else -1
-    if row.low > 0:
-        return sign
-    return -sign if row.high < 0 else 0
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    packages = ("rwopt", "torch", "diffusers", "transformers", "optuna", "numpy", "wandb")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
-
