@@ -76,7 +76,15 @@ def rows_of(
     return rows
 
 
-def markdown(rows: Sequence[dict[str, Any]], task: str, command: str) -> str:
+def markdown(result: dict[str, Any]) -> str:
+    """A table for each task."""
+    rows = result["rows"]
+    tables = [f"{task.capitalize()}:\n\n{_table(rows, task)}" for task in dict.fromkeys(r["task"] for r in rows)]
+    below = f"Minus the plain model at the same dials, {rows[0]['cases']} validation cases. `{result['command']}`"
+    return "\n\n".join([*tables, below])
+
+
+def _table(rows: Sequence[dict[str, Any]], task: str) -> str:
     """One line a variant."""
     metrics = METRICS[task]
     lines = ["| weights | numbers | U-Net calls | " + " | ".join(metrics) + " |", "|---" * (3 + len(metrics)) + "|"]
@@ -90,8 +98,7 @@ def markdown(rows: Sequence[dict[str, Any]], task: str, command: str) -> str:
             cells.append(f"**{text}**" if r["low"] > 0 or r["high"] < 0 else text)
         first = table[metrics[0]]
         lines.append(f"| {name} | {first['numbers']} | {first['calls']} | " + " | ".join(cells) + " |")
-    below = f"{mine[0]['cases']} validation cases, minus the plain model at the same dials. `{command}`"
-    return "\n".join([*lines, "", below])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -121,10 +128,9 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/variants.py", *sys.argv[1:]])
     result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
     write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    text = "\n\n".join(f"{recipe.capitalize()}:\n\n{markdown(rows, recipe, command)}" for recipe in recipes)
-    print(text)
+    print(markdown(result))
     if not args.quick:
-        into(ROOT.parent / "docs" / "tuners.md", "variants", text)
+        into(ROOT.parent / "docs" / "tuners.md", "variants", markdown(result))
 
 
 if __name__ == "__main__":
