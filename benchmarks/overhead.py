@@ -229,9 +229,10 @@ def markdown(result: dict[str, Any]) -> str:
     rounds = ", ".join(str(next(r["rounds"] for r in result["rows"] if r["model"] == model)) for model in models)
     graphs = result["compile"]
     below = (
-        f"Processor time of a U-Net call over that of the plain calls around it, with 95 % interval ({rounds} rounds, one "
-        f"thread, {result['dtype']}); behind it the time inside of the method's own code. Under `torch.compile`, "
-        f"{graphs['steps']} steps: graphs {graphs['graphs']}, recompilations {graphs['recompiles']}. `{result['command']}`"
+        f"Processor time of a U-Net call over that of the plain calls around it, with 95 % interval ({rounds} rounds, "
+        f"one thread, {result['dtype']}); behind it the time inside of the method's own code. Under `torch.compile`, "
+        f"{graphs['steps']} steps: graphs {graphs['graphs']}, recompilations {graphs['recompiles']}. "
+        f"`{result['command']}`"
     )
     return "\n".join([*lines, "", below])
 
