@@ -287,10 +287,16 @@ class Workshop:
             place = self.folder / "studies"
             if kind == "spsa":
                 return SpsaTuner(study, space, place, trials, seed, points, self.fingerprint)
-            task = self.prepare(self.cases("train"), self.settings.gradient.draws)
+            options = self.settings.gradient
+            task = self.prepare(self.cases("train"), options.draws)
             problem = Problem(function, task, self.composites[OBJECTIVE], dials)
+
+            def log(record: dict[str, float]) -> None:
+                self.log({"study": study, **record, "update": int(record["update"])})
+
+            alone = options.devices == 1  # else a forked process would write to this one's trackers
             return GradientTuner(
-                study, space, problem, place, seed, points, self.fingerprint, self.settings.gradient
+                study, space, problem, place, seed, points, self.fingerprint, options, log if alone else None
             )
 
         return self.tune(name, name, make, meaning, trials, note, spent)

@@ -278,11 +278,12 @@ class Search:
         return report
 
     def _log_once(self, tracker: FanOut) -> None:
-        """Send each trial to the tracker once, also when a resumed run tells it again."""
-        seen = {(r.get("study"), r.get("trial")) for r in tracker.read("log")}
+        """Send each trial, and each update of a gradient, once, also when a resumed run tells it again."""
+        names = ("study", "trial", "update")
+        seen = {tuple(map(r.get, names)) for r in tracker.read("log")}
 
         def log(record: dict[str, Any]) -> None:
-            key = (record["study"], record["trial"])
+            key = tuple(map(record.get, names))
             if key not in seen:
                 seen.add(key)
                 tracker.log(record)

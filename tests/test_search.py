@@ -86,8 +86,11 @@ def test_evaluations_are_as_asked_and_as_counted(finished: Any) -> None:
     tuned = dict.fromkeys(("best guidance", "analytic", "constant", "learned"), same)
     assert counts == {"plain": 0, **tuned, **dict.fromkeys(CONTROLS, DIAL_TRIALS + 1)}
     with JsonlTracker(folder) as record:
-        logged = [(r["study"], r["trial"]) for r in record.read("log")]
+        records = list(record.read("log"))
+        logged = [(r["study"], r["trial"]) for r in records if "trial" in r]
+        updates = [(r["study"], r["update"]) for r in records if "update" in r]
     assert len(logged) == len(set(logged)) == sum(STUDIES.values())
+    assert updates == [("constant weights", 1), ("learned weights", 1)]  # TRIALS, but for the two starts
 
 
 def test_prices_cover_the_start_the_probe_the_trials_and_the_validation(
@@ -198,7 +201,7 @@ def test_resuming_a_finished_run_computes_nothing_and_says_the_same(finished: An
     assert search.progress.done == search.evaluations  # type: ignore[attr-defined]
     assert {p: p.read_bytes() for p in before} == before
     with JsonlTracker(folder) as record:
-        assert len(record.read("log")) == sum(STUDIES.values())
+        assert len(record.read("log")) == sum(STUDIES.values()) + 2  # and an update of each gradient
 
 
 def test_two_searches_do_not_share_a_folder(finished: Any, settings: config.Settings) -> None:
