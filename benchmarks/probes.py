@@ -45,7 +45,7 @@ from rwopt.tasks.editing import to_tensor
 DIALS = Dials(4.0)
 Inputs = tuple[Any, Any, list[int], Callable[[torch.Tensor], torch.Tensor]]
 
-# name -> (probe, options, which oracle)
+# name -> (probe, options, which oracle); those of WIDE also with four times the pictures, for the same calls
 PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "voting (published)": ("voting", {}, "teacher"),
     "voting (repaired)": ("voting", {"energy_guard": "fixed", "reversed": True, "teacher": "cached"}, "teacher"),
@@ -59,12 +59,14 @@ PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "reward gradient": ("reward_gradient", {}, "teacher"),
     "snr": ("snr", {"draws": 4}, "teacher"),
 }
+WIDE = ("ablation", "gram, row sums", "shapley, 2 orders", "reward gradient")
 STUDENTS = {
     "ablation, student": ("ablation", {"trajectory": "student"}, "student"),
     "gram, row sums, student": ("gram", {"trajectory": "student", "score": "shapley"}, "student"),
     "shapley, 2 orders, student": ("shapley", {"permutations": 2, "trajectory": "student"}, "student"),
     "ablation (for the student)": ("ablation", {}, "student"),
 }
+ALL = {**PROBES, **{f"{name}, more pictures": PROBES[name] for name in WIDE}, **STUDENTS}
 
 
 def second_model(base: Model, folder: Path, steps: int) -> Model:
@@ -150,24 +152,29 @@ def measure(
 def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> list[dict[str, Any]]:
     """All probes on one model."""
     seen = args.pictures * args.repeats
-    cases = load_cases("avatars", "train", "generation", seen + args.judges)
+    cases = load_cases("avatars", "train", "generation", 5 * seen + args.judges)
     task = make_task("generation", model, cases, args.steps, batch=len(cases), plain=DIALS)
     ids = [s.id for s in list_sites(model.unet)][: args.sites]
     with Attachment(model.unet, ids) as attachment:
-        ends = [*range(0, seen + 1, args.pictures), seen + args.judges]
-        parts = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(ends)]
-        truth = {t: oracle(model, attachment, parts[-1], t) for t in {p[2] for p in probes.values()}}
+        first = seen + args.judges
+        narrow = [*range(0, seen + 1, args.pictures), first]
+        wide = range(first, first + 4 * seen + 1, 4 * args.pictures)
+        *few, judged = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(narrow)]
+        many = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(wide)]
+        truth = {t: oracle(model, attachment, judged, t) for t in {p[2] for p in probes.values()}}
     sigmas = [model.sigma(t) for t in timesteps(model, args.steps)]
     out = []
     for name, (probe, options, judge) in probes.items():
-        found = [measure(model, ids, probe, options, given, seed) for seed, given in enumerate(parts[:-1])]
+        parts = many if name.endswith("more pictures") else few
+        found = [measure(model, ids, probe, options, given, seed) for seed, given in enumerate(parts)]
         table = np.array([
             [spearman(magnitude(probe, s), t) for s, t in zip(f.scores, truth[judge], strict=True)] for f in found
         ])  # [repeats, K] # fmt: skip
         for level, column in [*zip(sigmas, table.T, strict=True), (None, table.mean(1))]:
             low, high = interval(column) if len(column) > 1 else (None, None)
             out.append({"probe": name, "model": model.name, "noise_level": level, "rho": float(column.mean()),
-                        "low": low, "high": high, "calls": found[0].calls, "oracle": judge})  # fmt: skip
+                        "low": low, "high": high, "calls": found[0].calls, "oracle": judge,
+                        "pictures": len(parts[0][0])})  # fmt: skip
         print(f"{model.name:8} {name:28} rho {out[-1]['rho']:+.2f}  calls {out[-1]['calls']}", flush=True)
     return out
 
@@ -194,12 +201,14 @@ def markdown(result: dict[str, Any]) -> str:
         if not mine:
             continue
         head = " | ".join(f"rho, {m}" for m in models)
-        lines += [f"Importance for {what}:", "", f"| probe | U-Net calls | {head} |", "|---" * (2 + len(models)) + "|"]
+        lines += [f"Importance for {what}:", "", f"| probe | pictures | U-Net calls | {head} |",
+                  "|---" * (3 + len(models)) + "|"]  # fmt: skip
         table = {(r["probe"], r["model"]): r for r in mine if r["noise_level"] is None}
         order = sorted(dict.fromkeys(p for p, _ in table), key=lambda p: -min(table[p, m]["rho"] for m in models))
         for probe in order:
             cells = [_cell(table[probe, m]) for m in models]
-            lines.append(f"| {probe} | {table[probe, models[0]]['calls']} | {' | '.join(cells)} |")
+            row = table[probe, models[0]]
+            lines.append(f"| {probe} | {row.get('pictures', result['pictures'])} | {row['calls']} | {' | '.join(cells)} |")
         lines.append("")
     levels = sorted({r["noise_level"] for r in result["rows"] if r["noise_level"] is not None}, reverse=True)
     lines += ["By noise level, embedded model:", "", "| probe | " + " | ".join(f"sigma {s:.2f}" for s in levels) + " |",
@@ -209,8 +218,8 @@ def markdown(result: dict[str, Any]) -> str:
         at = {r["noise_level"]: r for r in result["rows"] if (r["probe"], r["model"]) == (probe, models[0])}
         lines.append(f"| {probe} | " + " | ".join(_cell(at[s]) for s in levels) + " |")
     below = (
-        f"{result['steps']} steps, {result['pictures']} pictures a probe, {result['judges']} of the oracle; mean and "
-        f"95 % interval over {result['repeats']} sets of pictures. `{result['command']}`"
+        f"{result['steps']} steps, {result['judges']} pictures of the oracle; mean and 95 % interval over "
+        f"{result['repeats']} sets of pictures. `{result['command']}`"
     )
     lines += ["", below]
     return "\n".join(lines)
@@ -239,6 +248,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sites", type=int, default=7, help="the first so many sites; the oracle takes 2^S calls")
     parser.add_argument("--train", type=int, default=1500, help="training steps of the second model")
+    parser.add_argument("--only", nargs="+", choices=ALL, help="some; their rows in the result file are replaced")
     parser.add_argument("--table", action="store_true", help="only make the docs' tables from the result file")
     parser.add_argument("--folder", type=Path, default=ROOT.parent / "lightning_logs" / "bench-probes")
     args = parser.parse_args()
@@ -246,7 +256,7 @@ def main() -> None:
         result = json.loads((ROOT / "results" / "probes.json").read_text())
         into(ROOT.parent / "docs" / "probes.md", "probes", markdown(result))
         return
-    probes = {**PROBES, **STUDENTS}
+    probes = {name: ALL[name] for name in args.only or ALL}
     if args.quick:
         args.repeats, args.pictures, args.judges, args.steps, args.train, args.sites = 2, 2, 2, 2, 3, 5
         probes = {k: (p, {**o, "rounds": 1, "epochs": 2} if p == "voting" else o, j) for k, (p, o, j) in PROBES.items()}
@@ -254,8 +264,11 @@ def main() -> None:
     base = load_model(dtype="float32")
     models = [base, second_model(base, args.folder, args.train)]
     rows = [row for model in models for row in rows_of(model, args, probes)]
-    sites = {m.name: min(args.sites, len(list_sites(m.unet))) for m in models}
     name = "probes-quick" if args.quick else "probes"
+    file = ROOT / "results" / f"{name}.json"
+    if args.only:
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["probe"] not in args.only] + rows
+    sites = {m.name: min(args.sites, len(list_sites(m.unet))) for m in models}
     result = {
         "name": "probes", "command": "python benchmarks/probes.py" + (" --quick" if args.quick else ""),
         "quick": args.quick, "steps": args.steps, "pictures": args.pictures, "repeats": args.repeats,
@@ -264,7 +277,7 @@ def main() -> None:
         "versions": versions(), "rows": rows,
         "default": choose(rows, args.steps * (1 + min(sites.values()))),
     }  # fmt: skip
-    write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), f"default: {result['default']}", sep="\n")
     if not args.quick:
         into(ROOT.parent / "docs" / "probes.md", "probes", markdown(result))
