@@ -208,7 +208,8 @@ def markdown(result: dict[str, Any]) -> str:
         for probe in order:
             cells = [_cell(table[probe, m]) for m in models]
             row = table[probe, models[0]]
-            lines.append(f"| {probe} | {row.get('pictures', result['pictures'])} | {row['calls']} | {' | '.join(cells)} |")
+            cells = [str(row.get("pictures", result["pictures"])), str(row["calls"]), *cells]
+            lines.append(f"| {probe} | {' | '.join(cells)} |")
         lines.append("")
     levels = sorted({r["noise_level"] for r in result["rows"] if r["noise_level"] is not None}, reverse=True)
     lines += ["By noise level, embedded model:", "", "| probe | " + " | ".join(f"sigma {s:.2f}" for s in levels) + " |",
