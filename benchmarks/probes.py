@@ -53,17 +53,18 @@ PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ablation .97": ("ablation", {"value": 0.97}, "teacher"),
     "gram": ("gram", {}, "teacher"),
     "gram, row sums": ("gram", {"score": "shapley"}, "teacher"),
+    "shapley, 1 order": ("shapley", {}, "teacher"),
     "shapley, 2 orders": ("shapley", {"permutations": 2}, "teacher"),
     "shapley, 4 orders": ("shapley", {"permutations": 4}, "teacher"),
     "gradient norm": ("gradient_norm", {}, "teacher"),
     "reward gradient": ("reward_gradient", {}, "teacher"),
     "snr": ("snr", {"draws": 4}, "teacher"),
 }
-WIDE = ("ablation", "gram, row sums", "shapley, 2 orders", "reward gradient")
+WIDE = ("ablation", "gram, row sums", "shapley, 1 order", "reward gradient")
 STUDENTS = {
     "ablation, student": ("ablation", {"trajectory": "student"}, "student"),
     "gram, row sums, student": ("gram", {"trajectory": "student", "score": "shapley"}, "student"),
-    "shapley, 2 orders, student": ("shapley", {"permutations": 2, "trajectory": "student"}, "student"),
+    "shapley, 1 order, student": ("shapley", {"trajectory": "student"}, "student"),
     "ablation (for the student)": ("ablation", {}, "student"),
 }
 ALL = {**PROBES, **{f"{name}, more pictures": PROBES[name] for name in WIDE}, **STUDENTS}
@@ -268,7 +269,8 @@ def main() -> None:
     name = "probes-quick" if args.quick else "probes"
     file = ROOT / "results" / f"{name}.json"
     if args.only:
-        rows = [row for row in json.loads(file.read_text())["rows"] if row["probe"] not in args.only] + rows
+        others = ALL.keys() - set(args.only)
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["probe"] in others] + rows
     sites = {m.name: min(args.sites, len(list_sites(m.unet))) for m in models}
     result = {
         "name": "probes", "command": "python benchmarks/probes.py" + (" --quick" if args.quick else ""),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rwopt.probes import PROBES
+from rwopt.config import ProbeSettings
 from rwopt.tuners.options import GradientOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,4 +55,4 @@ def test_the_default_tuner_is_the_one_that_won() -> None:
 
 
 def test_the_default_probe_is_the_one_that_won() -> None:
-    assert result("probes")["default"].partition(",")[0] in PROBES
+    assert result("probes")["default"].partition(",")[0] == ProbeSettings().name

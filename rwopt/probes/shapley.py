@@ -1,13 +1,14 @@
 """Shapley values: a site's mean contribution to the error over all orders in which sites could be skipped.
 
 The fair share where sites interact, and the oracle that cheaper probes are judged by: `exact_shapley` needs all 2^S
-subsets, permutation sampling (Castro et al., 2009, 10.1016/j.cor.2008.04.004) some orders. Each sampled order is
-followed by its reverse, which cancels the even part of the sampling error.
+subsets, permutation sampling (Castro et al., 2009, 10.1016/j.cor.2008.04.004) some orders. A batch of pictures takes
+as many orders at the price of one, since each row of a U-Net call can skip other sites. Orders come in pairs, one the
+reverse of the other, which cancels the even part of the sampling error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import factorial
 from typing import ClassVar
@@ -23,28 +24,28 @@ from rwopt.probes import Importance, choice
 from rwopt.probes.teacher import TRAJECTORIES, Predict, Teacher, branch_only, relative_error
 from rwopt.sampling import Condition
 
-Loss = Callable[[np.ndarray], np.ndarray]  # skipped [S] bool -> error of each picture [N]; nobody skipped: 0
+Loss = Callable[[np.ndarray], np.ndarray]  # skipped [S] or [N, S] bool -> error of each picture [N]; none skipped: 0
 
 
 @dataclass(frozen=True)
 class Shapley:
     """Score: estimated Shapley value of skipping a site, in units of `|out(subset skipped) - out|^2 / |out|^2`.
 
-    permutations: orders at each step, an even number. At most N (2 + M (S - 1)) calls for M of them: that all are
-    skipped is asked once, repeated subsets are remembered; the student pays N - i for each at step i, and N.
-    The interval adds the variances of pictures and orders; details: "standard_error" [K, S] of the orders alone
-    (None for one pair).
+    permutations: orders at each step for each picture, M. A picture has its own; an odd number of them is paired with
+    the next picture's. At most N (2 + M (S - 1)) calls: that all are skipped is asked once; the student pays N - i for
+    each at step i, and N. The interval is over pictures (over pairs of pictures for odd M, over pairs of orders for one
+    picture: then it says nothing of other pictures).
     """
 
-    permutations: int = 4
+    permutations: int = 1
     seed: int = 0
     trajectory: str = "teacher"
     mode: ClassVar[str] = "residual"
 
     def __post_init__(self) -> None:
         choice("trajectory", self.trajectory, TRAJECTORIES)
-        if self.permutations < 2 or self.permutations % 2:
-            raise UserError(f"probe.permutations={self.permutations} must be even: each order brings its reverse")
+        if self.permutations < 1:
+            raise UserError(f"probe.permutations={self.permutations} must be at least 1")
 
     @torch.no_grad()
     def __call__(
@@ -53,16 +54,15 @@ class Shapley:
         branch_only(attachment, 0.0)
         teacher = Teacher(model, attachment, x, cond, ts)
         predict, outputs = teacher.view(self.trajectory)
-        rng, sites = np.random.default_rng(self.seed), len(attachment.sites)
+        rng, sites, m = np.random.default_rng(self.seed), len(attachment.sites), self.permutations
         found = []
         for i, plain in enumerate(outputs):
-            loss = skip_loss(predict, i, plain, len(x))
-            found.append(summarise(permutation_shapley(loss, draw_orders(self.permutations, sites, rng))))
-        scores, errors, halves = (None if row[0] is None else np.array(row) for row in zip(*found, strict=True))
-        assert scores is not None
-        low, high = (None, None) if halves is None else (scores - halves, scores + halves)
+            orders = draw_orders(len(x) * m, sites, rng).reshape(len(x), m, sites).transpose(1, 0, 2)
+            found.append(summarise(permutation_shapley(skip_loss(predict, i, plain, len(x)), orders)))
+        scores = np.array([mean for mean, _ in found])
+        half = None if found[0][1] is None else np.array([h for _, h in found])
+        low, high = (None, None) if half is None else (scores - half, scores + half)
         about = {**asdict(self), "mode": attachment.mode, "pictures": len(x)}
-        about["standard_error"] = None if errors is None else errors.tolist()
         return Importance(attachment.sites, teacher.sigmas, scores, low, high, teacher.calls, "shapley", about)
 
 
@@ -81,38 +81,44 @@ def skip_loss(predict: Predict, i: int, plain: Tensor, pictures: int) -> Loss:
     return loss
 
 
-def draw_orders(count: int, sites: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """`count` orders of the sites, every second one the reverse of the one before."""
-    pairs = [rng.permutation(sites) for _ in range(count // 2)]
-    return [order for pair in pairs for order in (pair, pair[::-1])]
+def draw_orders(count: int, sites: int, rng: np.random.Generator) -> np.ndarray:
+    """Orders [count, S] of the sites, every second one the reverse of the one before."""
+    orders = np.array([rng.permutation(sites) for _ in range(-(-count // 2))])
+    return np.stack([orders, orders[:, ::-1]], 1).reshape(-1, sites)[:count]
 
 
-def permutation_shapley(loss: Loss, orders: Sequence[np.ndarray]) -> np.ndarray:
-    """Contributions [M, S, N] of each site when sites are skipped one after the other in each of M orders."""
+def permutation_shapley(loss: Loss, orders: np.ndarray) -> np.ndarray:
+    """Contributions [M, S, N] of each site when sites are skipped one after the other.
+
+    orders: M for all pictures, [M, S], or M for each, [M, N, S].
+    """
     out = []
     for order in orders:
-        skipped = np.zeros(len(order), dtype=bool)
-        before, row = loss(skipped), [np.empty(0)] * len(order)
-        for s in order:
-            skipped[s] = True
+        skipped = np.zeros(order.shape, dtype=bool)
+        before = loss(skipped)
+        row, pictures = np.empty((order.shape[-1], len(before))), np.arange(len(before))
+        for s in order.T:  # one site for all pictures, or one for each, [N]
+            skipped[s if order.ndim == 1 else (pictures, s)] = True
             after = loss(skipped)
-            row[s], before = after - before, after
+            row[s, pictures], before = after - before, after
         out.append(row)
     return np.array(out)
 
 
-def summarise(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """(mean [S], its standard error over orders or None, half-width of its 95 % interval or None) of [M, S, N].
+def summarise(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(mean [S], half-width of its 95 % interval or None) of contributions [M, S, N] in orders that come in pairs.
 
-    Orders and pictures are crossed samples: their variances add (the interaction counted twice: a little wide).
+    What is resampled keeps pairs and pictures whole: pictures, pairs of pictures, or, of one picture, pairs of orders.
     """
-    pairs = shares.reshape(len(shares) // 2, 2, *shares.shape[1:]).mean((1, 3))  # [M / 2, S]
-    pictures = shares.mean(0)  # [S, N]
-    by_order = pairs.var(0, ddof=1) / len(pairs) if len(pairs) > 1 else None
-    by_picture = pictures.var(1, ddof=1) / pictures.shape[1] if pictures.shape[1] > 1 else None
-    known = [v for v in (by_order, by_picture) if v is not None]
-    half = 1.96 * np.sqrt(np.sum(known, axis=0)) if known else None
-    return pictures.mean(1), None if by_order is None else np.sqrt(by_order), half
+    m, sites, _ = shares.shape
+    flat = shares.transpose(1, 2, 0).reshape(sites, -1)  # [S, N M], orders of a picture side by side
+    size = m if m % 2 == 0 else 2 * m
+    if flat.shape[1] // size < 2:
+        size = 2
+    units = flat[:, : flat.shape[1] // size * size].reshape(sites, -1, size).mean(2)
+    if units.shape[1] < 2:
+        return flat.mean(1), None
+    return flat.mean(1), 1.96 * units.std(1, ddof=1) / np.sqrt(units.shape[1])
 
 
 def every_subset(loss: Loss, sites: int) -> np.ndarray:
