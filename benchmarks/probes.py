@@ -64,7 +64,6 @@ WIDE = ("ablation", "gram, row sums", "shapley, 1 order", "reward gradient")
 STUDENTS = {
     "ablation, student": ("ablation", {"trajectory": "student"}, "student"),
     "gram, row sums, student": ("gram", {"trajectory": "student", "score": "shapley"}, "student"),
-    "shapley, 1 order, student": ("shapley", {"trajectory": "student"}, "student"),
     "ablation (for the student)": ("ablation", {}, "student"),
 }
 ALL = {**PROBES, **{f"{name}, more pictures": PROBES[name] for name in WIDE}, **STUDENTS}

@@ -105,7 +105,7 @@ class ProbeSettings:
     trust: how far these two go (largest log-gain; relative movement of the output).
     """
 
-    name: str = "ablation"
+    name: str = "shapley"
     cases: int = 16
     options: dict[str, Any] = field(default_factory=dict)
     low: float = 0.95

@@ -13,6 +13,7 @@ import pytest
 
 from rwopt.config import ProbeSettings
 from rwopt.tuners.options import GradientOptions
+from rwopt.tuners.samplers import choose_sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 # result file, benchmark that prints it, page, its place there
@@ -52,6 +53,7 @@ def test_quoted_files_exist() -> None:
 def test_the_default_tuner_is_the_one_that_won() -> None:
     found = result("tuners")
     assert found["default"] == f"gradient {GradientOptions().mode}"
+    assert found["without_gradient"] == {"table": "spsa", "9 numbers": f"{choose_sampler('auto', 9, 40)}, 9 numbers"}
 
 
 def test_the_default_probe_is_the_one_that_won() -> None:
