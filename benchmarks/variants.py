@@ -44,6 +44,7 @@ VARIANTS: dict[str, list[str]] = {
     "21 branches, twice the radius": ["weights.radius=1.6"],
     "branches, resnets and skips": ["weights.kinds=[self,cross,ff,resnet,skip]"],
     "21 branches, three times the steps": ["gradient.updates=30"],
+    "21 branches, detached gradient": ["gradient.mode=detached"],
 }
 METRICS = {
     "editing": [OBJECTIVE, HELD_OUT, "judge.success_accuracy", "judge.realism", "truth.psnr"],
