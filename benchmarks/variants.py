@@ -5,8 +5,7 @@ the train cases at the recipe's own dials, from the plain model, and scored on t
 model at the same dials: a choice among them must not see the test cases. Finished variants are kept in the run folder.
 
 Writes `benchmarks/results/variants.json` (rows: task, variant, numbers, calls, metric, mean, low, high, win_rate, p;
-differences to the plain model) and the tables in `docs/tuners.md`. Two processes may take a recipe each; what one has
-finished the other finds.
+differences to the plain model) and the tables in `docs/tuners.md`. One recipe alone replaces its rows.
 """
 
 from __future__ import annotations
@@ -126,9 +125,13 @@ def main() -> None:
         bar.start(len(recipes) * len(names) * config.load(recipes[0], given).tuner.trials)
         for recipe in recipes:
             rows += rows_of(recipe, given, folder / recipe, bar, names)
+    file = ROOT / "results" / f"{name}.json"
+    if file.exists() and not args.quick:
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["task"] not in recipes] + rows
+        rows.sort(key=lambda row: str(row["task"]))
     command = shlex.join(["python", "benchmarks/variants.py", *sys.argv[1:]])
     result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
-    write_text(ROOT / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result))
     if not args.quick:
         into(ROOT.parent / "docs" / "tuners.md", "variants", markdown(result))

@@ -301,6 +301,11 @@ class Workshop:
 
         return self.tune(name, name, make, meaning, trials, note, spent)
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether every term of the objective has a gradient."""
+        return all(term.spec.differentiable for term in self.composites[OBJECTIVE].objectives.values())
+
     def tuner_kind(self, dimension: int) -> str:
         """`tuner.name`; auto: gradient if every term of the objective has one, else by the number of weights.
 
@@ -311,6 +316,6 @@ class Workshop:
             return wanted.name
         if wanted.only_optuna:
             return "optuna"
-        if all(term.spec.differentiable for term in self.composites[OBJECTIVE].objectives.values()):
+        if self.differentiable:
             return "gradient"
         return "optuna" if dimension <= 30 else "spsa"

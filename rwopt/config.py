@@ -101,7 +101,8 @@ class ProbeSettings:
     """The probe whose scores are shown and start the search: its name, how many train cases it sees, its own options.
 
     start: from `scores` by rank, in [low, high]; `gradient`, a step along the slope of the objective, or
-    `gauss_newton`, the step of most reward for how much it moves the output (both need an objective with a gradient).
+    `gauss_newton`, the step of most reward for how much it moves the output (both need an objective with a gradient);
+    auto: `gauss_newton` if there is one, else `scores`.
     trust: how far these two go (largest log-gain; relative movement of the output).
     """
 
@@ -110,12 +111,12 @@ class ProbeSettings:
     options: dict[str, Any] = field(default_factory=dict)
     low: float = 0.95
     high: float = 1.1
-    start: str = "scores"
+    start: str = "auto"
     trust: float = 0.1
 
     def __post_init__(self) -> None:
         one_of(tuple(PROBES), "probe.name", self.name)
-        one_of(("scores", "gradient", "gauss_newton"), "probe.start", self.start)
+        one_of(("auto", "scores", "gradient", "gauss_newton"), "probe.start", self.start)
         check(0 < self.trust < math.inf, "probe.trust", self.trust, "must be above 0 and finite")
         check(self.cases >= 1, "probe.cases", self.cases, "must be at least 1")
         fits = 0 < self.low < self.high < math.inf

@@ -122,11 +122,14 @@ class Search:
     def start(self, function: WeightFunction) -> tuple[np.ndarray, int]:
         """Theta [d] where the search for weights begins, as `probe.start` says, and the U-Net calls of its probes."""
         wanted = self.settings.probe
-        if wanted.start == "scores":
+        how = wanted.start
+        if how == "auto":
+            how = "gauss_newton" if self.shop.differentiable else "scores"
+        if how == "scores":
             importance = self.importance()
             return starts.analytic(function, importance, wanted.low, wanted.high), importance.calls
         slope = self.probe("reward_gradient", "slope.json", function.sites, wanted.cases, function.mode)
-        if wanted.start == "gradient":
+        if how == "gradient":
             return starts.gradient_step(function, slope, wanted.trust), slope.calls
         gram = self.probe("gram", "gram.json", function.sites, wanted.cases, function.mode)
         return starts.gauss_newton(function, slope, gram, wanted.trust), slope.calls + gram.calls

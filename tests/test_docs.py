@@ -53,6 +53,8 @@ def test_quoted_files_exist() -> None:
 def test_the_default_tuner_is_the_one_that_won() -> None:
     found = result("tuners")
     assert found["default"] == f"gradient {GradientOptions().mode}"
+    ends = {s["tuner"]: s["gain"] for s in found["starts"] if s["task"] == "editing" and "gradient full" in s["tuner"]}
+    assert max(ends, key=ends.__getitem__) == "gradient full from gauss_newton"  # what `probe.start=auto` takes
     assert found["without_gradient"] == {"table": "spsa", "9 numbers": f"{choose_sampler('auto', 9, 40)}, 9 numbers"}
 
 

@@ -19,7 +19,7 @@ class GradientOptions:
     gradient norm; pull: weight of |theta - start|^2; devices: processes that share out the `accumulate` batches (DDP).
     """
 
-    mode: str = "full"
+    mode: str = "detached"
     last: int = 2
     stride: int = 1
     draws: int = 4
