@@ -3,12 +3,11 @@
 `python benchmarks/overhead.py [--quick] [--model SD1.5] [--rounds N]`. Full size: Stable Diffusion 1.5 at 512 x 512 and
 XL at 1024 x 1024, random weights (the cost does not depend on them), bfloat16, one thread.
 
-How a small cost is seen on a shared machine: two U-Nets of the same weights, one plain and one with the method, make
-the same call in two threads that take turns layer by layer (some 30 to 70 layers), so that whatever else the machine
-does at a moment is done to both. The clock is the thread's processor time; who goes first changes from round to round
-(the second finds weights in the cache), and rounds count in such pairs. A ratio is the mean of the layers' median
-ratios over pairs, weighed by their share of a plain call; its 95 % interval resamples pairs. `own` is a second, direct
-measurement: 1 + processor time inside of the method's own code / the rest of the call.
+How a small cost is seen on a shared machine: the clock is the thread's processor time; every call of a method stands
+between two plain calls and is compared with their mean; and each call is cut into its layers' segments (about 60), so
+that a disturbance spoils one segment of one round, which the median over rounds drops. A ratio is the mean of the
+segments' median ratios, weighed by their share of a plain call; its 95 % interval resamples rounds. `own` is a second,
+direct measurement: 1 + processor time inside of the method's own code / the rest of the call.
 
 Also the number of graphs and recompilations under `torch.compile` over 50 steps. Numbers go to
 `benchmarks/results/overhead.json`; those of --quick (small U-Nets, under a minute) to `overhead-quick.json`, which is
@@ -18,14 +17,12 @@ no evidence and not kept. One model alone replaces its rows. Full run: see `minu
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import json
 import platform
-import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -53,15 +50,17 @@ XL: dict[str, Any] = {
     "cross_attention_dim": 2048,
     "use_linear_projection": True,
 }
-PLAN = {"SD1.5": ("SD1.5, 512 x 512", SD15, 64, 8), "SDXL": ("SDXL, 1024 x 1024", XL, 128, 3)}
+PLAN = {"SD1.5": ("SD1.5, 512 x 512", SD15, 64, 24), "SDXL": ("SDXL, 1024 x 1024", XL, 128, 6)}
 PLAIN = "plain"
 Floats = NDArray[np.float64]
 
 
 class Clock:
-    """Processor time that is spent in wrapped code."""
+    """Processor time of the segments of a call, and what of it is spent in wrapped code."""
 
-    own = 0.0
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+        self.own = 0.0
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -74,69 +73,24 @@ class Clock:
 
         return timed
 
-    def own_hooks(self, unet: Any) -> None:
-        """All hooks that are there are the method's."""
-        for module in unet.modules():
-            for table in (module._forward_hooks, module._forward_pre_hooks):
-                for key in list(table):
-                    table[key] = self.wrap(table[key])
-
-
-class Turns:
-    """Two calls in two threads, one layer each in turn."""
-
-    def __init__(self, unets: tuple[Any, Any]) -> None:
-        self.unets = unets
-        self.stamps: tuple[list[float], list[float]] = ([], [])
-        self.locks = (threading.Semaphore(0), threading.Semaphore(0))
-
-    def pass_on(self, me: int) -> None:
-        """Behind each layer: note the time, let the other do the same layer, wait."""
-        self.stamps[me].append(time.thread_time())
-        self.locks[1 - me].release()
-        self.locks[me].acquire()
-
-    def layers(self, unet: Any) -> list[Any]:
+    @contextmanager
+    def on(self, unet: Any, own: bool) -> Iterator[None]:
+        """Stamp the end of every layer, behind the method's own hooks; `own`: all hooks there are the method's."""
+        if own:
+            for module in unet.modules():
+                for table in (module._forward_hooks, module._forward_pre_hooks):
+                    for key in list(table):
+                        table[key] = self.wrap(table[key])
+        stamp = lambda *_: self.stamps.append(time.thread_time())  # noqa: E731
         blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
         families = ("resnets", "attentions", "downsamplers", "upsamplers")
-        parts = [layer for block in blocks for name in families for layer in getattr(block, name, None) or ()]
-        return [unet.conv_in, *parts]
-
-    def run(self, call: Callable[[Any], Any], first: int) -> tuple[Floats, Floats]:
-        """Seconds of the layers of both calls, `call(unet)`; `first` begins."""
-        hooks = [
-            layer.register_forward_hook(lambda *_, me=me: self.pass_on(me))  # behind the method's own hooks
-            for me, unet in enumerate(self.unets)
-            for layer in self.layers(unet)
-        ]
-
-        def work(me: int) -> None:
-            self.locks[me].acquire()
-            with torch.no_grad():  # grad mode is a thread's own
-                self.stamps[me].append(time.thread_time())
-                call(self.unets[me])
-            self.stamps[me].append(time.thread_time())
-            self.locks[1 - me].release()
-
-        threads = [threading.Thread(target=work, args=(me,)) for me in (0, 1)]
-        for thread in threads:
-            thread.start()
-        self.locks[first].release()
-        for thread in threads:
-            thread.join()
-        for hook in hooks:
-            hook.remove()
-        out = np.diff(self.stamps[0]), np.diff(self.stamps[1])
-        for stamps, lock in zip(self.stamps, self.locks, strict=True):
-            stamps.clear()
-            while lock.acquire(blocking=False):
-                pass
-        return out
-
-
-def twin(unet: Any) -> Any:
-    """A second U-Net whose weights are the first one's."""
-    return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
+        layers = [layer for block in blocks for name in families for layer in getattr(block, name, None) or ()]
+        hooks = [layer.register_forward_hook(stamp) for layer in (unet.conv_in, *layers)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class Enabled(AbstractContextManager[None]):
@@ -160,51 +114,57 @@ def ramp(unet: Any, kinds: tuple[str, ...]) -> Schedule:
     return Schedule(ids, np.array([12.0, 3.0, 0.5, 0.05]), weights, noise=NOISE)
 
 
-def measure(unet: Any, size: int, rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Rows (method, ratio, low, high, own, own_high) for one U-Net and latent side; `rounds` of two calls of each."""
+def measure(
+    unet: Any, size: int, rounds: int, dtype: torch.dtype, wanted: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Rows (method, ratio, low, high, own, own_high) for one U-Net and latent side; wanted: methods, None for all."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, size, size, generator=draw).to(dtype)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw).to(dtype)
-    clock, now, other = Clock(), torch.tensor(500), twin(unet)
+    clock, now = Clock(), torch.tensor(500)
     methods: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "plain again": nullcontext,  # what the clock itself is worth
-        "schedule, transformers": lambda: apply(other, ramp(unet, ("transformer",))),
-        "schedule, all kinds": lambda: apply(other, ramp(unet, SITE_KINDS)),
-        "FreeU, diffusers": lambda: Enabled(other, clock),
-        "FreeU, as a schedule": lambda: apply(other, freeu(unet, **CONSTANTS, noise=NOISE)),
+        "schedule, transformers": lambda: apply(unet, ramp(unet, ("transformer",))),
+        "schedule, all kinds": lambda: apply(unet, ramp(unet, SITE_KINDS)),
+        "FreeU, diffusers": lambda: Enabled(unet, clock),
+        "FreeU, as a schedule": lambda: apply(unet, freeu(unet, **CONSTANTS, noise=NOISE)),
     }
-    turns = Turns((unet, other))
 
-    def pair(method: Callable[[], AbstractContextManager[Any]], first: int) -> tuple[Floats, Floats, float]:
-        """Seconds of each layer without and with the method, and inside of the method's own code."""
-        with method():
-            if method is not nullcontext:
-                clock.own_hooks(other)
-            clock.own = 0.0
-            plain, with_method = turns.run(lambda net: net(x, now, text), first)
-            return plain, with_method, clock.own
+    methods = {name: method for name, method in methods.items() if wanted is None or name in wanted}
+
+    def call(method: Callable[[], AbstractContextManager[Any]]) -> tuple[Floats, float, float]:
+        """Seconds of each segment, of the wall clock, and of the method's own code."""
+        with method(), clock.on(unet, own=method is not nullcontext):
+            wall = time.perf_counter()
+            clock.stamps, clock.own = [time.thread_time()], 0.0
+            unet(x, now, text)
+            clock.stamps.append(time.thread_time())
+            return np.diff(clock.stamps), time.perf_counter() - wall, clock.own
 
     plain: list[Floats] = []
     ratios: dict[str, list[Floats]] = {name: [] for name in methods}
     own: dict[str, list[float]] = {name: [] for name in methods}
+    walls: dict[str, list[float]] = {name: [] for name in methods}
     rng = np.random.default_rng(0)
-    pair(methods["schedule, all kinds"], 0)  # warm up
+    for method in methods.values():  # warm up
+        call(method)
+    before, wall_before, _ = call(nullcontext)
     for _ in range(rounds):
         for name in rng.permutation(list(methods)):
-            logs = []
-            for first in (0, 1):
-                without, with_it, inside = pair(methods[name], first)
-                logs.append(np.log(with_it / without))
-                own[name].append(1 + inside / (with_it.sum() - inside))
-                plain.append(without)
-            ratios[name].append(np.exp(np.mean(logs, axis=0)))
+            segments, wall, inside = call(methods[name])
+            after, wall_after, _ = call(nullcontext)
+            ratios[name].append(2 * segments / (before + after))
+            walls[name].append(2 * wall / (wall_before + wall_after))
+            own[name].append(1 + inside / (segments.sum() - inside))
+            plain.append(after)
+            before, wall_before = after, wall_after
     share = np.median(plain, axis=0)
     seconds = float(share.sum())
     share /= seconds
     resampled = rng.integers(rounds, size=(4000, rounds))
     rows = []
     for name in methods:
-        table = np.array(ratios[name])  # [rounds, layers]
+        table = np.array(ratios[name])  # [rounds, segments]
         draws = np.array([np.median(table[picked], axis=0) @ share for picked in resampled])
         mine = np.array(own[name])
         rows.append(
@@ -215,6 +175,7 @@ def measure(unet: Any, size: int, rounds: int, dtype: torch.dtype) -> list[dict[
                 "high": _round(np.quantile(draws, 0.975)),
                 "own": _round(np.median(mine)),
                 "own_high": _round(mine.max()),
+                "wall": _round(np.median(walls[name])),
                 "plain_seconds": round(seconds, 3),
                 "rounds": rounds,
             }
@@ -267,15 +228,13 @@ def markdown(result: dict[str, Any]) -> str:
         cells = []
         for model in models:
             row = next(r for r in result["rows"] if (r["model"], r["method"]) == (model, method))
-            cells.append("{ratio:.4f} [{low:.4f}, {high:.4f}]; {own:.4f}".format(**row))
+            cells.append("{ratio:.4f} [{low:.4f}, {high:.4f}] ({rounds}); {own:.4f}".format(**row))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    rounds = ", ".join(str(next(r["rounds"] for r in result["rows"] if r["model"] == model)) for model in models)
     graphs = result["compile"]
     below = (
-        f"Processor time of a U-Net call over that of a plain call made in turns with it, layer by layer, with 95 % "
-        f"interval ({rounds} rounds of two such pairs, {result['dtype']}); behind it the time inside of the method's "
-        f"own code. Under `torch.compile`, {graphs['steps']} steps: graphs {graphs['graphs']}, recompilations "
-        f"{graphs['recompiles']}. "
+        f"Processor time of a U-Net call over that of the plain calls around it, with 95 % interval (rounds), one "
+        f"thread, {result['dtype']}; behind it the time inside of the method's own code. Under `torch.compile`, "
+        f"{graphs['steps']} steps: graphs {graphs['graphs']}, recompilations {graphs['recompiles']}. "
         f"`{result['command']}`"
     )
     return "\n".join([*lines, "", below])
@@ -286,7 +245,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small U-Nets, under a minute, to overhead-quick.json")
     parser.add_argument("--model", choices=PLAN, help="one model only; its rows are replaced")
-    parser.add_argument("--rounds", type=int, help="rounds of two paired calls of each method (default: 8 and 3)")
+    parser.add_argument("--rounds", type=int, help="calls of each method (default: 24 and 6)")
+    parser.add_argument("--methods", nargs="+", help="some methods only; their rows are replaced")
     parser.add_argument("--table", action="store_true", help="only make the docs' table from the result file")
     args = parser.parse_args()
     page = ROOT.parent / "docs" / "apply.md"
@@ -302,13 +262,17 @@ def main() -> None:
         unet = small(config) if args.quick else full(config, dtype)
         label = f"small {key}" if args.quick else name
         seen.append(label)
-        for row in measure(unet, 32 if args.quick else size, args.rounds or (4 if args.quick else rounds), dtype):
+        number = args.rounds or (4 if args.quick else rounds)
+        for row in measure(unet, 32 if args.quick else size, number, dtype, args.methods):
             rows.append({"model": label, **row})
             print("{model:20} {method:24} {ratio:.4f} [{low:.4f}, {high:.4f}]   own {own:.4f}".format(**rows[-1]))
         del unet
     path = ROOT / "results" / ("overhead-quick.json" if args.quick else "overhead.json")
-    if args.model and path.exists():
-        rows = [row for row in json.loads(path.read_text())["rows"] if row["model"] not in seen] + rows
+    if path.exists():
+        made = {(row["model"], row["method"]) for row in rows}
+        rows += [row for row in json.loads(path.read_text())["rows"] if (row["model"], row["method"]) not in made]
+        order = [name for name, *_ in PLAN.values()]
+        rows.sort(key=lambda row: order.index(row["model"]) if row["model"] in order else 0)
     result = {
         "name": "overhead",
         "command": "python benchmarks/overhead.py" + (" --quick" if args.quick else ""),
