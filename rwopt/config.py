@@ -16,7 +16,7 @@ from typing import Any
 from rwopt.errors import UserError, check, one_of
 from rwopt.files import package_folder
 from rwopt.probes import PROBES
-from rwopt.sites import GROUPINGS, KINDS
+from rwopt.sites import GROUPINGS, SITE_KINDS
 from rwopt.tuners import SAMPLERS, TUNERS
 from rwopt.tuners.options import GradientOptions
 from rwopt.tuners.storage import check_url
@@ -90,9 +90,9 @@ class WeightSettings:
         check(fits, "weights.rank", self.rank, f"must be 0 (full) to weights.knots={self.knots}")
         check(0 < self.radius < math.inf, "weights.radius", self.radius, "must be above 0 and finite")
         one_of(("residual", "output"), "weights.mode", self.mode)
-        check(bool(self.kinds), "weights.kinds", self.kinds, f"name at least one of {', '.join(KINDS)}")
+        check(bool(self.kinds), "weights.kinds", self.kinds, f"name at least one of {', '.join(SITE_KINDS)}")
         for kind in self.kinds:
-            one_of(KINDS, "weights.kinds", kind)
+            one_of(SITE_KINDS, "weights.kinds", kind)
         one_of(GROUPINGS, "weights.group_by", self.group_by)
 
 

@@ -250,6 +250,7 @@ def test_the_same_seed_gives_the_same_schedule(finished: Any, settings: config.S
         (["objective.terms.judge.accuracy=1"], ["plain", "probe", "sampler"]),  # auto: a term without gradient
         (["tuner.name=optuna", "tuner.together=3"], ["plain", "probe", "sampler"]),
         (["probe.start=gradient"], ["plain", "probe", "gradient"]),
+        (["weights.kinds=[ff,resnet,skip]", "probe.start=auto"], ["plain", "probe", "gradient"]),
         (["probe.start=auto", "probe.name=reward_gradient"], ["plain", "probe", "gradient"]),
         (["probe.start=auto", "objective.terms.judge.accuracy=1"], ["plain", "probe", "sampler"]),
     ],
