@@ -129,7 +129,10 @@ def main() -> None:
     if file.exists() and not args.quick:
         rows = [row for row in json.loads(file.read_text())["rows"] if row["task"] not in recipes] + rows
         rows.sort(key=lambda row: str(row["task"]))
-    command = shlex.join(["python", "benchmarks/variants.py", *sys.argv[1:]])
+    words = ["python", "benchmarks/variants.py", *sys.argv[1:]]
+    command = shlex.join(words)
+    if args.recipes != list(METRICS):  # what made the rows of the other recipe, too
+        command = command.replace(shlex.join(["--recipes", *args.recipes]), f"--recipes {' '.join(METRICS)}")
     result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
     write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result))
