@@ -146,6 +146,14 @@ def into(path: Path, name: str, text: str) -> None:
         write_text(path, new)
 
 
+def publish(result: dict[str, Any], text: str, file: Path, page: str) -> None:
+    """Keep a result and print its table; a full run's goes into `docs/<page>` as well, at the result's name."""
+    write_text(file, json.dumps(result, indent=1) + "\n")
+    print(text)
+    if not result["quick"]:
+        into(ROOT.parent / "docs" / page, result["name"], text)
+
+
 def main(recipe: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: few cases and trials, own file")

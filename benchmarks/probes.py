@@ -23,13 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import ROOT, into
+from comparison import ROOT, into, publish
 
 from rwopt.apply import Attachment
 from rwopt.backprop import task_reward
 from rwopt.cli import _quiet
 from rwopt.evaluation import interval
-from rwopt.files import write_text
 from rwopt.identity import versions
 from rwopt.models import Model, load_model
 from rwopt.objectives import Composite
@@ -279,10 +278,8 @@ def main() -> None:
         "versions": versions(), "rows": rows,
         "default": choose(rows, args.steps * (1 + min(sites.values()))),
     }  # fmt: skip
-    write_text(file, json.dumps(result, indent=1) + "\n")
-    print(markdown(result), f"default: {result['default']}", sep="\n")
-    if not args.quick:
-        into(ROOT.parent / "docs" / "probes.md", "probes", markdown(result))
+    publish(result, markdown(result), file, "probes.md")
+    print("default:", result["default"])
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import ROOT, into
+from comparison import ROOT, publish
 from probes import spearman
 
 from rwopt import config
 from rwopt.apply import Attachment
 from rwopt.cli import _quiet
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare, interval, score
-from rwopt.files import write_text
 from rwopt.identity import versions
 from rwopt.models import Model
 from rwopt.probes import Importance
@@ -163,10 +162,7 @@ def main() -> None:
         result = json.loads(file.read_text())
     else:
         result = run(args, args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}")
-        write_text(file, json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
-    if not args.quick:
-        into(ROOT.parent / "docs" / "probes.md", "snr", markdown(result))
+    publish(result, markdown(result), file, "probes.md")
 
 
 if __name__ == "__main__":

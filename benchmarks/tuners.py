@@ -24,7 +24,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,7 @@ class Race:
         if name not in self._starts:
             theta, calls = np.zeros(self.function.dimension), 0
             if name != "plain":
-                probe = replace(self.search.settings.probe, start=name)
-                self.search.settings = replace(self.search.settings, probe=probe)
-                theta, calls = self.search.start(self.function)
+                theta, calls = self.search.start(self.function, name)
             self._starts[name] = dict(zip(self.function.names, theta.tolist(), strict=True)), calls
         return self._starts[name]
 

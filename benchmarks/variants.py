@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import ROOT, into
+from comparison import ROOT, publish
 
 from rwopt import config
 from rwopt.cli import _quiet
 from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
-from rwopt.files import write_text
 from rwopt.identity import versions
 from rwopt.progress import Bar
 from rwopt.search import Search
@@ -134,10 +133,7 @@ def main() -> None:
     if args.recipes != list(METRICS):  # what made the rows of the other recipe, too
         command = command.replace(shlex.join(["--recipes", *args.recipes]), f"--recipes {' '.join(METRICS)}")
     result = {"name": "variants", "command": command, "quick": args.quick, "versions": versions(), "rows": rows}
-    write_text(file, json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
-    if not args.quick:
-        into(ROOT.parent / "docs" / "tuners.md", "variants", markdown(result))
+    publish(result, markdown(result), file, "tuners.md")
 
 
 if __name__ == "__main__":

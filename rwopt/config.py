@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rwopt.errors import UserError, check, one_of
+from rwopt.errors import UserError, at_least_one, check, one_of
 from rwopt.files import package_folder
 from rwopt.probes import PROBES
 from rwopt.sites import GROUPINGS, SITE_KINDS
@@ -46,8 +46,7 @@ class TaskSettings:
     test: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("steps", "draws", "batch", "train", "validation", "test"):
-            check(getattr(self, name) >= 1, f"task.{name}", getattr(self, name), "must be at least 1")
+        at_least_one(self, "task", "steps", "draws", "batch", "train", "validation", "test")
         one_of(("editing", "generation"), "task.name", self.name)
         one_of(("sdedit", "inversion"), "task.method", self.method)
 
@@ -85,7 +84,7 @@ class WeightSettings:
     radius: float = 0.4
 
     def __post_init__(self) -> None:
-        check(self.knots >= 1, "weights.knots", self.knots, "must be at least 1")
+        at_least_one(self, "weights", "knots")
         fits = 0 <= self.rank <= self.knots
         check(fits, "weights.rank", self.rank, f"must be 0 (full) to weights.knots={self.knots}")
         check(0 < self.radius < math.inf, "weights.radius", self.radius, "must be above 0 and finite")
@@ -118,7 +117,7 @@ class ProbeSettings:
         one_of(tuple(PROBES), "probe.name", self.name)
         one_of(("auto", "scores", "gradient", "gauss_newton"), "probe.start", self.start)
         check(0 < self.trust < math.inf, "probe.trust", self.trust, "must be above 0 and finite")
-        check(self.cases >= 1, "probe.cases", self.cases, "must be at least 1")
+        at_least_one(self, "probe", "cases")
         fits = 0 < self.low < self.high < math.inf
         check(fits, "probe.low", self.low, f"must lie between 0 and probe.high={self.high}")
 
@@ -134,8 +133,7 @@ class AnalyticSettings:
     high: float = 1.1
 
     def __post_init__(self) -> None:
-        for name in ("cases", "rounds", "epochs"):
-            check(getattr(self, name) >= 1, f"analytic.{name}", getattr(self, name), "must be at least 1")
+        at_least_one(self, "analytic", "cases", "rounds", "epochs")
         fits = 0 < self.low < self.high < math.inf
         check(fits, "analytic.low", self.low, f"must lie between 0 and analytic.high={self.high}")
 
@@ -185,8 +183,7 @@ class TunerSettings:
     def __post_init__(self) -> None:
         one_of(TUNERS, "tuner.name", self.name)
         one_of(SAMPLERS, "tuner.sampler", self.sampler)
-        for name in ("trials", "dial_trials", "control_trials", "top_k", "together"):
-            check(getattr(self, name) >= 1, f"tuner.{name}", getattr(self, name), "must be at least 1")
+        at_least_one(self, "tuner", "trials", "dial_trials", "control_trials", "top_k", "together")
         self._check_optuna()
 
     @property
@@ -210,7 +207,7 @@ class TunerSettings:
             check(math.isfinite(bound), f"tuner.limits.{name}", bound, "must be finite")
         fits = self.together == 1 or not self.prune
         check(fits, "tuner.together", self.together, "gives nothing up early: set it to 1, or tuner.prune to 0")
-        check(self.part >= 1, "tuner.part", self.part, "must be at least 1")
+        at_least_one(self, "tuner", "part")
         check(1 <= self.heartbeat < math.inf, "tuner.heartbeat", self.heartbeat, "must be at least 1 (seconds)")
         fits = 2 * self.heartbeat <= self.grace < math.inf
         check(fits, "tuner.grace", self.grace, f"must be at least twice tuner.heartbeat={self.heartbeat:g}")

@@ -1,4 +1,4 @@
-"""The one error that bad input raises, and two checks that raise it."""
+"""The one error that bad input raises, and checks that raise it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def check(ok: bool, key: str, value: object, remedy: str) -> None:
     """Raise unless `ok`."""
     if not ok:
         raise UserError(f"{key}={value}: {remedy}")
+
+
+def at_least_one(settings: object, group: str, *names: str) -> None:
+    """Raise unless the fields `names` of a recipe's group are 1 or more."""
+    for name in names:
+        check(getattr(settings, name) >= 1, f"{group}.{name}", getattr(settings, name), "must be at least 1")
 
 
 def one_of(known: Sequence[str], key: str, value: str) -> None:

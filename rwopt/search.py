@@ -119,10 +119,10 @@ class Search:
         mode = make_probe(wanted.name, **wanted.options).mode
         return self.probe(wanted.name, "importance.json", ids, wanted.cases, mode, **wanted.options)
 
-    def start(self, function: WeightFunction) -> tuple[np.ndarray, int]:
-        """Theta [d] where the search for weights begins, as `probe.start` says, and the U-Net calls of its probes."""
+    def start(self, function: WeightFunction, how: str = "") -> tuple[np.ndarray, int]:
+        """Theta [d] where the search for weights begins (how: default `probe.start`), and its probes' U-Net calls."""
         wanted = self.settings.probe
-        how = wanted.start
+        how = how or wanted.start
         if how == "auto":
             how = "gauss_newton" if self.shop.differentiable else "scores"
         if how == "scores":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rwopt.errors import check, one_of
+from rwopt.errors import at_least_one, check, one_of
 from rwopt.tuners import GRADIENTS
 
 
@@ -33,8 +33,7 @@ class GradientOptions:
 
     def __post_init__(self) -> None:
         one_of(GRADIENTS, "gradient.mode", self.mode)
-        for name in ("last", "stride", "draws", "updates", "batch", "accumulate", "devices"):
-            check(getattr(self, name) >= 1, f"gradient.{name}", getattr(self, name), "must be at least 1")
+        at_least_one(self, "gradient", "last", "stride", "draws", "updates", "batch", "accumulate", "devices")
         for name in ("rate", "clip"):
             check(0 < getattr(self, name) < math.inf, f"gradient.{name}", getattr(self, name), "must be above 0")
         check(0 <= self.pull < math.inf, "gradient.pull", self.pull, "must be 0 or more")
