@@ -11,18 +11,23 @@ direct measurement: 1 + processor time inside of the method's own code / the res
 
 Also the number of graphs and recompilations under `torch.compile` over 50 steps. Numbers go to
 `benchmarks/results/overhead.json`; those of --quick (small U-Nets, under a minute) to `overhead-quick.json`, which is
-no evidence and not kept. One model alone replaces its rows. Full run: see `minutes` in the file.
+no evidence and not kept. One model alone replaces its rows.
+
+Every round is kept in `lightning_logs/bench-overhead/`, by the sources of `rwopt/apply`: a run that was stopped goes
+on, and `--rounds 12` after `--rounds 8` makes 4 (quick runs start anew). Full run: about 5 hours of one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,8 +55,14 @@ XL: dict[str, Any] = {
     "cross_attention_dim": 2048,
     "use_linear_projection": True,
 }
-PLAN = {"SD1.5": ("SD1.5, 512 x 512", SD15, 64, 24), "SDXL": ("SDXL, 1024 x 1024", XL, 128, 6)}
-PLAIN = "plain"
+PLAN = {"SD1.5": ("SD1.5, 512 x 512", SD15, 64, 24), "SDXL": ("SDXL, 1024 x 1024", XL, 128, 12)}
+METHODS = [
+    "plain again",  # what the clock itself is worth
+    "schedule, transformers",
+    "schedule, all kinds",
+    "FreeU, diffusers",
+    "FreeU, as a schedule",
+]
 Floats = NDArray[np.float64]
 
 
@@ -114,23 +125,20 @@ def ramp(unet: Any, kinds: tuple[str, ...]) -> Schedule:
     return Schedule(ids, np.array([12.0, 3.0, 0.5, 0.05]), weights, noise=NOISE)
 
 
-def measure(
-    unet: Any, size: int, rounds: int, dtype: torch.dtype, wanted: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
-    """Rows (method, ratio, low, high, own, own_high) for one U-Net and latent side; wanted: methods, None for all."""
+def measure(unet: Any, size: int, dtype: torch.dtype, kept: Kept, rounds: int, wanted: Sequence[str] | None) -> None:
+    """Add rounds to `kept` until each method has `rounds`; size: latent side; wanted: methods, None for all."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, size, size, generator=draw).to(dtype)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw).to(dtype)
     clock, now = Clock(), torch.tensor(500)
-    methods: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "plain again": nullcontext,  # what the clock itself is worth
-        "schedule, transformers": lambda: apply(unet, ramp(unet, ("transformer",))),
-        "schedule, all kinds": lambda: apply(unet, ramp(unet, SITE_KINDS)),
-        "FreeU, diffusers": lambda: Enabled(unet, clock),
-        "FreeU, as a schedule": lambda: apply(unet, freeu(unet, **CONSTANTS, noise=NOISE)),
-    }
-
-    methods = {name: method for name, method in methods.items() if wanted is None or name in wanted}
+    managers: list[Callable[[], AbstractContextManager[Any]]] = [
+        nullcontext,
+        lambda: apply(unet, ramp(unet, ("transformer",))),
+        lambda: apply(unet, ramp(unet, SITE_KINDS)),
+        lambda: Enabled(unet, clock),
+        lambda: apply(unet, freeu(unet, **CONSTANTS, noise=NOISE)),
+    ]
+    methods = dict(zip(METHODS, managers, strict=True))
 
     def call(method: Callable[[], AbstractContextManager[Any]]) -> tuple[Floats, float, float]:
         """Seconds of each segment, of the wall clock, and of the method's own code."""
@@ -141,46 +149,79 @@ def measure(
             clock.stamps.append(time.thread_time())
             return np.diff(clock.stamps), time.perf_counter() - wall, clock.own
 
-    plain: list[Floats] = []
-    ratios: dict[str, list[Floats]] = {name: [] for name in methods}
-    own: dict[str, list[float]] = {name: [] for name in methods}
-    walls: dict[str, list[float]] = {name: [] for name in methods}
-    rng = np.random.default_rng(0)
-    for method in methods.values():  # warm up
-        call(method)
-    before, wall_before, _ = call(nullcontext)
-    for _ in range(rounds):
-        for name in rng.permutation(list(methods)):
+    rng = np.random.default_rng(len(kept.rounds))  # another order of the methods when a run goes on
+    before: tuple[Floats, float, float] | None = None
+    while missing := [m for m in methods if (wanted is None or m in wanted) and kept.count(m) < rounds]:
+        if before is None:  # warm up
+            for name in missing:
+                call(methods[name])
+            before = call(nullcontext)
+        for name in rng.permutation(missing):
             segments, wall, inside = call(methods[name])
-            after, wall_after, _ = call(nullcontext)
-            ratios[name].append(2 * segments / (before + after))
-            walls[name].append(2 * wall / (wall_before + wall_after))
-            own[name].append(1 + inside / (segments.sum() - inside))
-            plain.append(after)
-            before, wall_before = after, wall_after
-    share = np.median(plain, axis=0)
-    seconds = float(share.sum())
-    share /= seconds
-    resampled = rng.integers(rounds, size=(4000, rounds))
-    rows = []
-    for name in methods:
-        table = np.array(ratios[name])  # [rounds, segments]
-        draws = np.array([np.median(table[picked], axis=0) @ share for picked in resampled])
-        mine = np.array(own[name])
-        rows.append(
-            {
-                "method": name,
-                "ratio": _round(np.median(table, axis=0) @ share),
-                "low": _round(np.quantile(draws, 0.025)),
-                "high": _round(np.quantile(draws, 0.975)),
-                "own": _round(np.median(mine)),
-                "own_high": _round(mine.max()),
-                "wall": _round(np.median(walls[name])),
-                "plain_seconds": round(seconds, 3),
-                "rounds": rounds,
-            }
-        )
-    return rows
+            after = call(nullcontext)
+            kept.add(
+                {
+                    "method": str(name),
+                    "ratio": (2 * segments / (before[0] + after[0])).tolist(),
+                    "plain": after[0].tolist(),
+                    "wall": 2 * wall / (before[1] + after[1]),
+                    "own": 1 + inside / (segments.sum() - inside),
+                }
+            )
+            before = after
+
+
+class Kept:
+    """Rounds of one model on disk, a line each; `path` None: in memory only."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        text = path.read_text() if path and path.exists() else ""
+        # a line that a killed run left half is dropped
+        self.rounds: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def count(self, method: str) -> int:
+        return sum(one["method"] == method for one in self.rounds)
+
+    def add(self, one: dict[str, Any]) -> None:
+        self.rounds.append(one)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.rounds))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each method: ratio, low, high, own, own_high, wall, plain_seconds, rounds."""
+        share = np.median([one["plain"] for one in self.rounds], axis=0)
+        seconds = float(share.sum())
+        share /= seconds
+        rng = np.random.default_rng(0)
+        rows = []
+        for name in dict.fromkeys(one["method"] for one in self.rounds):
+            mine = [one for one in self.rounds if one["method"] == name]
+            table = np.array([one["ratio"] for one in mine])  # [rounds, segments]
+            resampled = rng.integers(len(table), size=(4000, len(table)))
+            draws = np.array([np.median(table[picked], axis=0) @ share for picked in resampled])
+            rows.append(
+                {
+                    "method": name,
+                    "ratio": _round(np.median(table, axis=0) @ share),
+                    "low": _round(np.quantile(draws, 0.025)),
+                    "high": _round(np.quantile(draws, 0.975)),
+                    "own": _round(np.median([one["own"] for one in mine])),
+                    "own_high": _round(max(one["own"] for one in mine)),
+                    "wall": _round(np.median([one["wall"] for one in mine])),
+                    "plain_seconds": round(seconds, 3),
+                    "rounds": len(mine),
+                }
+            )
+        return sorted(rows, key=lambda row: METHODS.index(row["method"]))
+
+
+def sources() -> str:
+    """Short hash of what is measured: rounds of other code are not pooled."""
+    folder = ROOT.parent / "rwopt" / "apply"
+    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))) + torch.__version__.encode()
+    return hashlib.sha256(text).hexdigest()[:8]
 
 
 def _round(value: Any) -> float:
@@ -245,8 +286,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small U-Nets, under a minute, to overhead-quick.json")
     parser.add_argument("--model", choices=PLAN, help="one model only; its rows are replaced")
-    parser.add_argument("--rounds", type=int, help="calls of each method (default: 24 and 6)")
-    parser.add_argument("--methods", nargs="+", help="some methods only; their rows are replaced")
+    parser.add_argument("--rounds", type=int, help="calls of each method (default: 24 and 12)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="some methods only; their rows are replaced")
     parser.add_argument("--table", action="store_true", help="only make the docs' table from the result file")
     args = parser.parse_args()
     page = ROOT.parent / "docs" / "apply.md"
@@ -255,15 +296,17 @@ def main() -> None:
         return
     torch.set_num_threads(1)  # so that the thread's processor time is all of the call's
     dtype = torch.float32 if args.quick else torch.bfloat16
-    began, rows, seen = time.monotonic(), [], []
+    began, rows = time.monotonic(), []
     for key, (name, config, size, rounds) in PLAN.items():
         if args.model not in (None, key):
             continue
         unet = small(config) if args.quick else full(config, dtype)
         label = f"small {key}" if args.quick else name
-        seen.append(label)
         number = args.rounds or (4 if args.quick else rounds)
-        for row in measure(unet, 32 if args.quick else size, number, dtype, args.methods):
+        logs = ROOT.parent / "lightning_logs" / "bench-overhead"
+        kept = Kept(None if args.quick else logs / f"{key}-{sources()}.jsonl")
+        measure(unet, 32 if args.quick else size, dtype, kept, number, args.methods)
+        for row in kept.rows():
             rows.append({"model": label, **row})
             print("{model:20} {method:24} {ratio:.4f} [{low:.4f}, {high:.4f}]   own {own:.4f}".format(**rows[-1]))
         del unet

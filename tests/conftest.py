@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -37,6 +39,12 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 @pytest.fixture(scope="session")
-def avatars() -> Model:
-    """The embedded model in float32, loaded once: tests leave no hooks on it and judge nothing by its pictures."""
+def loaded_avatars() -> Model:
     return load_model("avatars", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def avatars(loaded_avatars: Model) -> Iterator[Model]:
+    """The embedded model in float32, loaded once. A test that leaves hooks on it fails, not one that comes later."""
+    yield loaded_avatars
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded_avatars.unet.modules())

@@ -88,9 +88,9 @@ def test_bfloat16_is_close_to_float32(avatars: Model) -> None:
     x = torch.randn(2, *avatars.latent_shape, generator=torch.Generator().manual_seed(0))
     text = avatars.encode(PROMPTS[:2])
     assert torch.equal(small.encode(PROMPTS[:2]), text)
-    with torch.no_grad():
-        exact = Attachment(avatars.unet, ())(x, 600, text)
-        rounded = Attachment(small.unet, ())(x.bfloat16(), 600, text.bfloat16()).float()
+    with torch.no_grad(), Attachment(avatars.unet, ()) as exactly, Attachment(small.unet, ()) as roundly:
+        exact = exactly(x, 600, text)
+        rounded = roundly(x.bfloat16(), 600, text.bfloat16()).float()
     # 8 bits of significand: 0.4 % a rounding, which add up to a few per cent over some hundred layers
     assert float((rounded - exact).norm() / exact.norm()) < 0.05
 
