@@ -5,31 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from diffusers import UNet2DConditionModel
+from helpers.small import make_tiny_unet
 
 from rwopt.models import Model, load_model
-
-
-def make_tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
-    """A seeded fp32 U-Net in eval mode with 7 transformer sites (2 down, 1 mid, 4 up) and small channels."""
-    config: dict[str, object] = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "block_out_channels": (8, 16, 16),
-        "layers_per_block": 1,
-        "transformer_layers_per_block": (1, 2, 1),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 4,
-        "norm_num_groups": 4,
-        **changes,
-    }
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(**config).eval()
-    return unet.requires_grad_(False)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_unet
 from diffusers import DDIMScheduler
+from helpers.small import make_tiny_unet
 from helpers.twins import make
 
 from rwopt.apply import apply

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_unet
 from helpers.oracle import recompute
+from helpers.small import make_tiny_unet
 from helpers.twins import Twin, make
 from torch import Tensor
 

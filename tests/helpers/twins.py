@@ -223,7 +223,7 @@ def make(name: str, seed: int = 0, rows: int = 2, **changes: Any) -> Twin:
     return Twin(unet, x, rest)
 
 
-def ids_of(unet: Any, kinds: tuple[str, ...]) -> list[str]:
+def ids_of(unet: Any, kinds: tuple[str, ...] = ("transformer",)) -> list[str]:
     """All sites of those of these kinds that the U-Net has."""
     present = {site.kind for site in list_sites(unet, ALL_KINDS)}
     return [site.id for site in list_sites(unet, [kind for kind in kinds if kind in present])]

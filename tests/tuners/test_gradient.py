@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_unet
 from diffusers import DDIMScheduler
+from helpers.small import make_tiny_unet
 from torch import Tensor
 
 from rwopt.apply import Attachment
