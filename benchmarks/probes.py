@@ -44,10 +44,11 @@ from rwopt.tasks.editing import to_tensor
 DIALS = Dials(4.0)
 Inputs = tuple[Any, Any, list[int], Callable[[torch.Tensor], torch.Tensor]]
 
-# name -> (probe, options, which oracle); those of WIDE also with four times the pictures, for the same calls
+REPAIRED = {"energy_guard": "fixed", "reversed": True, "teacher": "cached"}
+# name -> (probe, options, which oracle); those of WIDE... also with four times the pictures, for the same calls
 PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "voting (published)": ("voting", {}, "teacher"),
-    "voting (repaired)": ("voting", {"energy_guard": "fixed", "reversed": True, "teacher": "cached"}, "teacher"),
+    "voting (repaired)": ("voting", REPAIRED, "teacher"),
     "ablation": ("ablation", {}, "teacher"),
     "ablation .97": ("ablation", {"value": 0.97}, "teacher"),
     "gram": ("gram", {}, "teacher"),
@@ -57,15 +58,24 @@ PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "shapley, 4 orders": ("shapley", {"permutations": 4}, "teacher"),
     "gradient norm": ("gradient_norm", {}, "teacher"),
     "reward gradient": ("reward_gradient", {}, "teacher"),
+    "reward gradient, teacher": ("reward_gradient", {"trajectory": "teacher"}, "teacher"),
     "snr": ("snr", {"draws": 4}, "teacher"),
 }
 WIDE = ("ablation", "gram, row sums", "shapley, 1 order", "reward gradient")
 STUDENTS = {
+    "ablation (for the student)": ("ablation", {}, "student"),
+    "shapley, 1 order (for the student)": ("shapley", {}, "student"),
     "ablation, student": ("ablation", {"trajectory": "student"}, "student"),
     "gram, row sums, student": ("gram", {"trajectory": "student", "score": "shapley"}, "student"),
-    "ablation (for the student)": ("ablation", {}, "student"),
+    "shapley, 1 order, student": ("shapley", {"trajectory": "student"}, "student"),
+    "reward gradient, student": ("reward_gradient", {}, "student"),
+    "voting (repaired), student": ("voting", {**REPAIRED, "trajectory": "student"}, "student"),
 }
-ALL = {**PROBES, **{f"{name}, more pictures": PROBES[name] for name in WIDE}, **STUDENTS}
+WIDE_STUDENTS = ("shapley, 1 order (for the student)", "shapley, 1 order, student")
+ALL = {
+    **PROBES, **{f"{name}, more pictures": PROBES[name] for name in WIDE},
+    **STUDENTS, **{f"{name}, more pictures": STUDENTS[name] for name in WIDE_STUDENTS},
+}  # fmt: skip
 
 
 def second_model(base: Model, folder: Path, steps: int) -> Model:

@@ -8,7 +8,7 @@ differ, as what is asked is how soon a tuner gets there: `trials` scorings, twic
 for the cold TPE; a gradient's updates count forward, re-run and backward passes. At each new best on train cases the
 candidate is scored on validation cases: that is `validated`, which no tuner sees.
 
-Then the starts: what TPE and the gradient reach from each, alone (at most two seeds).
+Then the starts: what TPE and the gradient reach from each, alone.
 
 Finished runs are kept in the run folder, so a killed benchmark goes on, and two processes may take a task each.
 Writes `benchmarks/results/tuners.json`: rows (tuner, task, seed, calls, validated), one for each new best; summary
@@ -254,8 +254,7 @@ def markdown(result: dict[str, Any]) -> str:
     first = result["summary"]
     return "\n".join([*table(first, "tuner", True), "", *table(result["starts"], "start", False), "",
                       f"Gain: validated objective minus the plain model's, mean and 95 % interval over "
-                      f"{first[0]['seeds']} seeds ({result['starts'][0]['seeds']} for starts). "
-                      f"`{result['command']}`"])  # fmt: skip
+                      f"{first[0]['seeds']} seeds. `{result['command']}`"])  # fmt: skip
 
 
 def main() -> None:
@@ -265,6 +264,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--tasks", nargs="+", default=["editing", "generation"])
     parser.add_argument("--tuners", nargs="+", default=list(TUNERS), choices=TUNERS)
+    parser.add_argument("--only-starts", action="store_true", help="their rows in the result file are replaced")
     parser.add_argument("--table", action="store_true", help="only make the docs' tables and plot from the result file")
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-tuners)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -277,6 +277,8 @@ def main() -> None:
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
     given = [*(QUICK if args.quick else FULL), *args.overrides, "track.wandb=off"]
     entries, starts = {n: TUNERS[n] for n in args.tuners}, dict(FROM)
+    if args.only_starts:
+        entries = {}
     if args.quick:
         args.seeds, args.trials, args.tasks = 1, 4, ["editing"]
         entries = {n: e for n, e in entries.items() if e.kind not in ("gp", "cmaes")}  # their first moves are random
@@ -293,12 +295,18 @@ def main() -> None:
         plain[task] = races[False].score("validation", races[False].start("plain")[0])
         for group, into_rows in ((entries, rows), (starts, begun)):
             for tuner, entry in group.items():
-                for seed in range(args.seeds if group is entries else min(args.seeds, 2)):
+                for seed in range(args.seeds):
                     curve = races[entry.nine].run(tuner, entry, seed, folder / task / "runs")
                     about = {"tuner": tuner, "task": task, "seed": seed}
                     into_rows += [{**about, "calls": c, "validated": v} for c, v in curve]
                     print(f"{task:10} {tuner:28} seed {seed}: {curve[-1][1] - plain[task]:+.4f} "
                           f"after {curve[-1][0]} calls", flush=True)  # fmt: skip
+    started = {"start_rows": begun, "starts": summarise(begun, plain)}
+    if args.only_starts:
+        result = json.loads(file.read_text()) | started
+        write_text(file, json.dumps(result, indent=1) + "\n")
+        publish(result)
+        return
     summary = summarise(rows, plain)
     result = {
         "name": "tuners", "command": shlex.join(["python", "benchmarks/tuners.py", *sys.argv[1:]]),
@@ -308,7 +316,7 @@ def main() -> None:
             "table": choose([s for s in summary if "gradient" not in s["tuner"] and "9 numbers" not in s["tuner"]]),
             "9 numbers": choose([s for s in summary if "9 numbers" in s["tuner"]]),
         },
-        "start_rows": begun, "starts": summarise(begun, plain),
+        **started,
     }  # fmt: skip
     write_text(file, json.dumps(result, indent=1) + "\n")
     if args.quick:
