@@ -14,7 +14,7 @@ Also the number of graphs and recompilations under `torch.compile` over 50 steps
 no evidence and not kept. One model alone replaces its rows.
 
 Every round is kept in `lightning_logs/bench-overhead/`, by the sources of `rwopt/apply`: a run that was stopped goes
-on, and `--rounds 12` after `--rounds 8` makes 4 (quick runs start anew). Full run: about 5 hours of one core.
+on, and `--rounds 12` after `--rounds 8` makes 4 (quick runs start anew). Full run: one to two hours of one core.
 """
 
 from __future__ import annotations

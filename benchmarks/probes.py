@@ -5,7 +5,7 @@ architecture (three levels, the widest resolution without attention, two transfo
 trained here for `--train` steps on the cases' own pictures in the embedded latent space, kept in the run folder. Each
 repeat has its own pictures; the oracle has others still, so a probe is judged on what it says of pictures that it has
 not seen. The student's variants are judged by a student's oracle (movement of the final latents), the others by
-movement of the raw output.
+movement of the raw output. `exact` is the oracle on other pictures: how far there is a truth to be found.
 
 Writes `benchmarks/results/probes.json`: rows (probe, model, noise_level, rho, low, high, calls), noise_level null for
 the mean over steps; `default`, the probe that wins on the worse of the two models among those that cost at most N (1
@@ -60,6 +60,7 @@ PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "reward gradient": ("reward_gradient", {}, "teacher"),
     "reward gradient, teacher": ("reward_gradient", {"trajectory": "teacher"}, "teacher"),
     "snr": ("snr", {"draws": 4}, "teacher"),
+    "exact": ("exact", {}, "teacher"),
 }
 WIDE = ("ablation", "gram, row sums", "shapley, 1 order", "reward gradient")
 STUDENTS = {
@@ -70,6 +71,7 @@ STUDENTS = {
     "shapley, 1 order, student": ("shapley", {"trajectory": "student"}, "student"),
     "reward gradient, student": ("reward_gradient", {}, "student"),
     "voting (repaired), student": ("voting", {**REPAIRED, "trajectory": "student"}, "student"),
+    "exact, student": ("exact", {}, "student"),
 }
 WIDE_STUDENTS = ("shapley, 1 order (for the student)", "shapley, 1 order, student")
 ALL = {
@@ -158,6 +160,15 @@ def measure(
         return made(model, attachment, x, cond, ts)
 
 
+def exact(model: Model, ids: list[str], given: Inputs, judge: str) -> Importance:
+    """The oracle's own values on other pictures: what is asked of a probe cannot be more than what these reach."""
+    with Attachment(model.unet, ids) as attachment:
+        before = model.calls
+        scores = oracle(model, attachment, given, judge)
+    sigmas = np.array([model.sigma(t) for t in given[2]])
+    return Importance(tuple(ids), sigmas, scores, calls=model.calls - before, method="exact")
+
+
 def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> list[dict[str, Any]]:
     """All probes on one model."""
     seen = args.pictures * args.repeats
@@ -174,8 +185,11 @@ def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> l
     sigmas = [model.sigma(t) for t in timesteps(model, args.steps)]
     out = []
     for name, (probe, options, judge) in probes.items():
-        parts = many if name.endswith("more pictures") else few
-        found = [measure(model, ids, probe, options, given, seed) for seed, given in enumerate(parts)]
+        parts = many if name.endswith("more pictures") else many[:2] if probe == "exact" else few
+        found = [
+            exact(model, ids, given, judge) if probe == "exact" else measure(model, ids, probe, options, given, seed)
+            for seed, given in enumerate(parts)
+        ]
         table = np.array([
             [spearman(magnitude(probe, s), t) for s, t in zip(f.scores, truth[judge], strict=True)] for f in found
         ])  # [repeats, K] # fmt: skip
