@@ -56,13 +56,7 @@ XL: dict[str, Any] = {
     "use_linear_projection": True,
 }
 PLAN = {"SD1.5": ("SD1.5, 512 x 512", SD15, 64, 24), "SDXL": ("SDXL, 1024 x 1024", XL, 128, 12)}
-METHODS = [
-    "plain again",  # what the clock itself is worth
-    "schedule, transformers",
-    "schedule, all kinds",
-    "FreeU, diffusers",
-    "FreeU, as a schedule",
-]
+PLAIN = "plain again"  # what the clock itself is worth
 Floats = NDArray[np.float64]
 
 
@@ -125,43 +119,47 @@ def ramp(unet: Any, kinds: tuple[str, ...]) -> Schedule:
     return Schedule(ids, np.array([12.0, 3.0, 0.5, 0.05]), weights, noise=NOISE)
 
 
+METHODS: dict[str, Callable[[Any, Clock], AbstractContextManager[Any]]] = {
+    PLAIN: lambda unet, clock: nullcontext(),
+    "schedule, transformers": lambda unet, clock: apply(unet, ramp(unet, ("transformer",))),
+    "schedule, all kinds": lambda unet, clock: apply(unet, ramp(unet, SITE_KINDS)),
+    "FreeU, diffusers": Enabled,
+    "FreeU, as a schedule": lambda unet, clock: apply(unet, freeu(unet, **CONSTANTS, noise=NOISE)),
+}
+
+
 def measure(unet: Any, size: int, dtype: torch.dtype, kept: Kept, rounds: int, wanted: Sequence[str] | None) -> None:
     """Add rounds to `kept` until each method has `rounds`; size: latent side; wanted: methods, None for all."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, size, size, generator=draw).to(dtype)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw).to(dtype)
     clock, now = Clock(), torch.tensor(500)
-    managers: list[Callable[[], AbstractContextManager[Any]]] = [
-        nullcontext,
-        lambda: apply(unet, ramp(unet, ("transformer",))),
-        lambda: apply(unet, ramp(unet, SITE_KINDS)),
-        lambda: Enabled(unet, clock),
-        lambda: apply(unet, freeu(unet, **CONSTANTS, noise=NOISE)),
-    ]
-    methods = dict(zip(METHODS, managers, strict=True))
 
-    def call(method: Callable[[], AbstractContextManager[Any]]) -> tuple[Floats, float, float]:
+    def call(method: str = PLAIN) -> tuple[Floats, float, float]:
         """Seconds of each segment, of the wall clock, and of the method's own code."""
-        with method(), clock.on(unet, own=method is not nullcontext):
+        with METHODS[method](unet, clock), clock.on(unet, own=method != PLAIN):
             wall = time.perf_counter()
             clock.stamps, clock.own = [time.thread_time()], 0.0
             unet(x, now, text)
             clock.stamps.append(time.thread_time())
             return np.diff(clock.stamps), time.perf_counter() - wall, clock.own
 
+    def missing() -> list[str]:
+        return [m for m in METHODS if (wanted is None or m in wanted) and kept.count(m) < rounds]
+
+    if not missing():
+        return
+    for name in missing():  # warm up
+        call(name)
     rng = np.random.default_rng(len(kept.rounds))  # another order of the methods when a run goes on
-    before: tuple[Floats, float, float] | None = None
-    while missing := [m for m in methods if (wanted is None or m in wanted) and kept.count(m) < rounds]:
-        if before is None:  # warm up
-            for name in missing:
-                call(methods[name])
-            before = call(nullcontext)
-        for name in rng.permutation(missing):
-            segments, wall, inside = call(methods[name])
-            after = call(nullcontext)
+    before = call()
+    while names := missing():
+        for name in rng.permutation(names).tolist():
+            segments, wall, inside = call(name)
+            after = call()
             kept.add(
                 {
-                    "method": str(name),
+                    "method": name,
                     "ratio": (2 * segments / (before[0] + after[0])).tolist(),
                     "plain": after[0].tolist(),
                     "wall": 2 * wall / (before[1] + after[1]),
@@ -177,8 +175,7 @@ class Kept:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         text = path.read_text() if path and path.exists() else ""
-        # a line that a killed run left half is dropped
-        self.rounds: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        self.rounds: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
 
     def count(self, method: str) -> int:
         return sum(one["method"] == method for one in self.rounds)
@@ -196,7 +193,7 @@ class Kept:
         share /= seconds
         rng = np.random.default_rng(0)
         rows = []
-        for name in dict.fromkeys(one["method"] for one in self.rounds):
+        for name in filter(self.count, METHODS):
             mine = [one for one in self.rounds if one["method"] == name]
             table = np.array([one["ratio"] for one in mine])  # [rounds, segments]
             resampled = rng.integers(len(table), size=(4000, len(table)))
@@ -214,7 +211,7 @@ class Kept:
                     "rounds": len(mine),
                 }
             )
-        return sorted(rows, key=lambda row: METHODS.index(row["method"]))
+        return rows
 
 
 def sources() -> str:
@@ -296,7 +293,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)  # so that the thread's processor time is all of the call's
     dtype = torch.float32 if args.quick else torch.bfloat16
-    began, rows = time.monotonic(), []
+    rows: list[dict[str, Any]] = []
     for key, (name, config, size, rounds) in PLAN.items():
         if args.model not in (None, key):
             continue
@@ -322,7 +319,6 @@ def main() -> None:
         "quick": args.quick,
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "dtype": str(dtype).removeprefix("torch."),
-        "minutes": round((time.monotonic() - began) / 60, 1),
         "rows": rows,
         "compile": compiled(),
     }

@@ -45,7 +45,7 @@ DIALS = Dials(4.0)
 Inputs = tuple[Any, Any, list[int], Callable[[torch.Tensor], torch.Tensor]]
 
 REPAIRED = {"energy_guard": "fixed", "reversed": True, "teacher": "cached"}
-# name -> (probe, options, which oracle); those of WIDE... also with four times the pictures, for the same calls
+# name -> (probe, options, which oracle); those of WIDE also with four times the pictures, for the same calls
 PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "voting (published)": ("voting", {}, "teacher"),
     "voting (repaired)": ("voting", REPAIRED, "teacher"),
@@ -60,9 +60,8 @@ PROBES: dict[str, tuple[str, dict[str, Any], str]] = {
     "reward gradient": ("reward_gradient", {}, "teacher"),
     "reward gradient, teacher": ("reward_gradient", {"trajectory": "teacher"}, "teacher"),
     "snr": ("snr", {"draws": 4}, "teacher"),
-    "exact": ("exact", {}, "teacher"),
+    "exact": ("exact", {"trajectory": "teacher"}, "teacher"),
 }
-WIDE = ("ablation", "gram, row sums", "shapley, 1 order", "reward gradient")
 STUDENTS = {
     "ablation (for the student)": ("ablation", {}, "student"),
     "shapley, 1 order (for the student)": ("shapley", {}, "student"),
@@ -71,13 +70,14 @@ STUDENTS = {
     "shapley, 1 order, student": ("shapley", {"trajectory": "student"}, "student"),
     "reward gradient, student": ("reward_gradient", {}, "student"),
     "voting (repaired), student": ("voting", {**REPAIRED, "trajectory": "student"}, "student"),
-    "exact, student": ("exact", {}, "student"),
+    "exact, student": ("exact", {"trajectory": "student"}, "student"),
 }
-WIDE_STUDENTS = ("shapley, 1 order (for the student)", "shapley, 1 order, student")
-ALL = {
-    **PROBES, **{f"{name}, more pictures": PROBES[name] for name in WIDE},
-    **STUDENTS, **{f"{name}, more pictures": STUDENTS[name] for name in WIDE_STUDENTS},
-}  # fmt: skip
+WIDE = (
+    "ablation", "gram, row sums", "shapley, 1 order", "reward gradient",
+    "shapley, 1 order (for the student)", "shapley, 1 order, student",
+)  # fmt: skip
+ALL = {**PROBES, **STUDENTS}
+ALL |= {f"{name}, more pictures": ALL[name] for name in WIDE}
 
 
 def second_model(base: Model, folder: Path, steps: int) -> Model:
@@ -150,6 +150,8 @@ def oracle(model: Model, attachment: Attachment, given: Inputs, trajectory: str)
 def measure(
     model: Model, ids: list[str], probe: str, options: dict[str, Any], given: Inputs, seed: int
 ) -> Importance:
+    if probe == "exact":
+        return exact(model, ids, given, **options)
     x, cond, ts, reward = given
     if probe in ("voting", "shapley", "snr"):
         options = {**options, "seed": seed}
@@ -160,11 +162,11 @@ def measure(
         return made(model, attachment, x, cond, ts)
 
 
-def exact(model: Model, ids: list[str], given: Inputs, judge: str) -> Importance:
-    """The oracle's own values on other pictures: what is asked of a probe cannot be more than what these reach."""
+def exact(model: Model, ids: list[str], given: Inputs, trajectory: str) -> Importance:
+    """The oracle's values on these pictures, with their price."""
     with Attachment(model.unet, ids) as attachment:
         before = model.calls
-        scores = oracle(model, attachment, given, judge)
+        scores = oracle(model, attachment, given, trajectory)
     sigmas = np.array([model.sigma(t) for t in given[2]])
     return Importance(tuple(ids), sigmas, scores, calls=model.calls - before, method="exact")
 
@@ -186,10 +188,7 @@ def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> l
     out = []
     for name, (probe, options, judge) in probes.items():
         parts = many if name.endswith("more pictures") else many[:2] if probe == "exact" else few
-        found = [
-            exact(model, ids, given, judge) if probe == "exact" else measure(model, ids, probe, options, given, seed)
-            for seed, given in enumerate(parts)
-        ]
+        found = [measure(model, ids, probe, options, given, seed) for seed, given in enumerate(parts)]
         table = np.array([
             [spearman(magnitude(probe, s), t) for s, t in zip(f.scores, truth[judge], strict=True)] for f in found
         ])  # [repeats, K] # fmt: skip

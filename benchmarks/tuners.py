@@ -254,7 +254,8 @@ def markdown(result: dict[str, Any]) -> str:
     first = result["summary"]
     return "\n".join([*table(first, "tuner", True), "", *table(result["starts"], "start", False), "",
                       f"Gain: validated objective minus the plain model's, mean and 95 % interval over "
-                      f"{first[0]['seeds']} seeds. `{result['command']}`"])  # fmt: skip
+                      f"{first[0]['seeds']} seeds ({result['starts'][0]['seeds']} for starts). "
+                      f"`{result['command']}`"])  # fmt: skip
 
 
 def main() -> None:
@@ -304,20 +305,18 @@ def main() -> None:
     started = {"start_rows": begun, "starts": summarise(begun, plain)}
     if args.only_starts:
         result = json.loads(file.read_text()) | started
-        write_text(file, json.dumps(result, indent=1) + "\n")
-        publish(result)
-        return
-    summary = summarise(rows, plain)
-    result = {
-        "name": "tuners", "command": shlex.join(["python", "benchmarks/tuners.py", *sys.argv[1:]]),
-        "quick": args.quick, "trials": args.trials, "settings": given, "versions": versions(), "rows": rows,
-        "summary": summary, "default": choose(summary),
-        "without_gradient": {
-            "table": choose([s for s in summary if "gradient" not in s["tuner"] and "9 numbers" not in s["tuner"]]),
-            "9 numbers": choose([s for s in summary if "9 numbers" in s["tuner"]]),
-        },
-        **started,
-    }  # fmt: skip
+    else:
+        summary = summarise(rows, plain)
+        result = {
+            "name": "tuners", "command": shlex.join(["python", "benchmarks/tuners.py", *sys.argv[1:]]),
+            "quick": args.quick, "trials": args.trials, "settings": given, "versions": versions(), "rows": rows,
+            "summary": summary, "default": choose(summary),
+            "without_gradient": {
+                "table": choose([s for s in summary if "gradient" not in s["tuner"] and "9 numbers" not in s["tuner"]]),
+                "9 numbers": choose([s for s in summary if "9 numbers" in s["tuner"]]),
+            },
+            **started,
+        }  # fmt: skip
     write_text(file, json.dumps(result, indent=1) + "\n")
     if args.quick:
         print(markdown(result))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from diffusers import UNet2DConditionModel
-from helpers.small import make_tiny_unet
+from helpers.small import hooks_of, make_tiny_unet
 
 from rwopt.models import Model, load_model
 
@@ -26,4 +26,4 @@ def loaded_avatars() -> Model:
 def avatars(loaded_avatars: Model) -> Iterator[Model]:
     """The embedded model in float32, loaded once. A test that leaves hooks on it fails, not one that comes later."""
     yield loaded_avatars
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded_avatars.unet.modules())
+    assert not hooks_of(loaded_avatars.unet)

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from helpers.oracle import recompute
-from helpers.small import hooks_of, inputs, random_weights
+from helpers.small import hooks_of, inputs
 from helpers.twins import ids_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +22,11 @@ from rwopt.errors import UserError
 from rwopt.sites import KINDS, list_sites
 
 CASES = [((kind,), "residual") for kind in KINDS] + [(("transformer",), "output"), (KINDS, "residual")]
+
+
+def random_weights(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Around 1, and outside [0, 1] on both sides."""
+    return torch.empty(shape, dtype=dtype).uniform_(-0.7, 2.0, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("kinds", "mode"), CASES)

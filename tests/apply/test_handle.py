@@ -10,14 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import pipelines, samplers
 from helpers.oracle import recompute
+from helpers.samplers import SD
 from helpers.small import hooks_of, inputs
 from helpers.twins import ids_of
 from torch import Tensor, nn
@@ -27,64 +23,25 @@ from rwopt.errors import UserError
 from rwopt.schedule import Schedule, noise_table
 from rwopt.sites import KINDS
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
-
-class Spy(Schedule):
-    """Records the sigmas at which it is looked up."""
-
-    def at(self, sigma: Any) -> Any:
-        self.provenance.setdefault("seen", []).append(np.asarray(sigma))  # type: ignore[attr-defined]
-        return super().at(sigma)
-
-    @property
-    def seen(self) -> list[float]:
-        return [float(sigma) for sigma in self.provenance.get("seen", [])]
-
-
-def ramp(unet: nn.Module, kind: type[Schedule] = Schedule, **fields: Any) -> Any:
+def ramp(unet: nn.Module, **fields: Any) -> Schedule:
     """Weights that depend on the noise level and the site, over kinds of both sorts."""
     ids = ids_of(unet, ("transformer", "cross"))
     sigmas = np.array([12.0, 3.0, 1.0, 0.2, 0.04])
     weights = np.random.default_rng(0).uniform(0, 2, (5, len(ids)))
-    return kind(tuple(ids), sigmas, weights, **fields)
+    return Schedule(tuple(ids), sigmas, weights, **fields)
 
 
-def pipeline(unet: nn.Module, scheduler: Any, kind: Any = StableDiffusionPipeline) -> Any:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+def pipeline(unet: nn.Module, scheduler: Any) -> Any:
+    """In single precision, as people have it."""
+    return pipelines.build(StableDiffusionPipeline, unet, scheduler=scheduler).to(torch.float32)
+
+
+def run(pipe: Any, **extra: Any) -> Tensor:
+    _, _, text = inputs()
+    return pipelines.run(
+        pipe, {**pipelines.words(steps=5), "prompt_embeds": text[:1], "negative_prompt_embeds": text[1:], **extra}
     )
-    pipe = kind(
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def run(pipe: Any, steps: int = 5, guidance: float = 4.0, **extra: Any) -> Tensor:
-    _x, _, text = inputs()
-    return pipe(
-        prompt_embeds=text[:1],
-        negative_prompt_embeds=text[1:],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-        **extra,
-    ).images
 
 
 def test_a_pipeline_equals_a_loop_with_explicit_weights(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
@@ -189,7 +146,7 @@ def test_none_takes_everything_off_but_foreign_hooks(tiny_unet: UNet2DConditionM
 
 def test_a_swapped_scheduler_brings_its_own_noise_table(tiny_unet: UNet2DConditionModel) -> None:
     pipe = pipeline(tiny_unet, DDIMScheduler(**SD))
-    spy = ramp(tiny_unet, Spy)
+    spy = samplers.ramp(ids_of(tiny_unet))
     x, t, text = inputs()
     with apply(pipe, spy):
         pipe.unet(x, t, text)

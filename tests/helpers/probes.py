@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from rwopt.apply import Attachment
 from rwopt.models import Model
-from rwopt.probes.shapley import every_subset
 from rwopt.sampling import Condition
 from rwopt.sites import list_sites
 
@@ -29,10 +29,7 @@ def attach(model: Model, mode: str) -> Attachment:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    def ranks(v: np.ndarray) -> np.ndarray:
-        return np.asarray((v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2)
-
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+    return float(spearmanr(a, b).statistic)
 
 
 class Quadratic:
@@ -63,8 +60,3 @@ def coupled(rng: np.random.Generator, s: int, scale: float, coupling: float) -> 
     a = rng.standard_normal((s, 4 * s))
     c = (1 - coupling) * np.eye(s) + coupling * np.corrcoef(a)
     return c * np.sqrt(np.outer(d, d))
-
-
-def quadratic_losses(hessian: np.ndarray) -> np.ndarray:
-    """Errors [2^S, 1] of all subsets of the game v(A) = 1_A' H 1_A."""
-    return every_subset(lambda skipped: np.array([skipped @ hessian @ skipped], dtype=float), len(hessian))

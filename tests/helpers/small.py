@@ -37,11 +37,6 @@ def inputs(rows: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> 
     return x.to(dtype), 500, text.to(dtype)
 
 
-def random_weights(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Around 1, and outside [0, 1] on both sides."""
-    return torch.empty(shape, dtype=dtype).uniform_(-0.7, 2.0, generator=torch.Generator().manual_seed(seed))
-
-
 def hooks_of(unet: nn.Module) -> list[Any]:
     return [
         hook

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers.probes import N, Quadratic, coupled, inputs, quadratic_losses, spearman
+from helpers.probes import N, Quadratic, coupled, inputs, spearman
 
 from rwopt.apply import Attachment
 from rwopt.errors import UserError
@@ -55,6 +55,11 @@ def test_each_picture_has_its_own_orders_for_the_price_of_one(model: Model, m: i
         made = [make_probe("shapley", permutations=m, seed=s)(model, attachment, x, cond, ts[:1]) for s in range(60)]
     assert {p.calls for p in made} == {2 + m * 2}
     np.testing.assert_allclose(np.mean([p.scores[0] for p in made], 0), exact.mean(1), atol=0.02 * exact.max())
+
+
+def quadratic_losses(hessian: np.ndarray) -> np.ndarray:
+    """Errors [2^S, 1] of all subsets of the game v(A) = 1_A' H 1_A."""
+    return every_subset(lambda skipped: np.array([skipped @ hessian @ skipped], dtype=float), len(hessian))
 
 
 def test_gram_and_shapley_recover_a_coupled_quadratic() -> None:
