@@ -3,7 +3,7 @@
 `python benchmarks/editing.py [--quick] [--seeds 5]`, likewise `generation.py`. Seeds repeat the learned search (and
 the constant one, up to three times); dials, probes and fixed schedules are shared, as nothing in them is random but
 the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on. Every number goes to
-`benchmarks/results/<name>.json`, and the table between the markers of README.md is made from that file.
+`benchmarks/results/<name>.json`, and the table between the markers of `docs/results.md` is made from that file.
 `docs/<name>.png` shows the first seed.
 """
 
@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 
 from rwopt import config
-from rwopt.arms import Arm
 from rwopt.cli import _quiet
-from rwopt.evaluation import Scores, compare
 from rwopt.files import write_text
-from rwopt.identity import versions
 from rwopt.progress import Bar
 from rwopt.results import Paired
-from rwopt.search import NOTES, Search
-from rwopt.verdict import report_metrics, verdict
+from rwopt.search.arms import ARMS
+from rwopt.search.evaluation import Scores, compare
+from rwopt.search.identity import versions
+from rwopt.search.publish import picture_grid
+from rwopt.search.search import Search
+from rwopt.search.verdict import report_metrics, verdict
 
 ROOT = Path(__file__).resolve().parent
 QUICK = [
@@ -38,7 +39,9 @@ QUICK = [
 ]  # fmt: skip
 FULL = ["task.train=128", "task.validation=128", "task.test=256"]  # on top of the recipe
 BLACK_BOX = ["tuner.name=optuna", "weights.group_by=kind", "weights.knots=3"]  # as many numbers as Optuna can handle
-NOTES = {**NOTES, "black box": "9 weights (kind of branch x 3 noise levels) by Optuna instead of the gradient"}
+NOTES = {name: spec.note for name, spec in ARMS.items()} | {
+    "black box": "9 weights (kind of branch x 3 noise levels) by Optuna instead of the gradient",
+}
 
 
 def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: bool) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
     settings = config.load(recipe, [*overrides, "track.wandb=off"])
     with Bar() as bar:
         search = Search(settings, folder, bar)
-        shop, dial_trials = search.shop, settings.tuner.dial_trials
+        dial_trials = settings.tuner.dial_trials
         trials = settings.tuner.trials if quick else 20
         black_box = [*overrides, "track.wandb=off", *BLACK_BOX, f"tuner.trials={trials}"]
         other = Search(config.load(recipe, black_box), folder / "black box", bar)
@@ -54,19 +57,20 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
         learned = repeats["constant"] + repeats["learned"] - 2  # beside the two of a search
         bar.start(search.evaluations + learned * (settings.tuner.trials + 2 * dial_trials)
                   + repeats["black box"] * (trials + 2 * dial_trials) + dial_trials)  # fmt: skip
-        dials = search.guidance()
-        arms: dict[str, list[Arm]] = {arm.name: [arm] for arm in search.compared(dials)}
+        dials = search.dials()
+        arms = {spec.name: [search.make(spec, dials)] for spec in search.arms if not spec.learned}
         for name in repeats:
             who = other if name == "black box" else search
-            start = who.guidance()
+            start = who.dials()
             arms[name] = [
                 who.learn(start, seed, f"{name} {seed}", constant=name == "constant")
                 for seed in range(repeats[name])
             ]
         metrics = list(settings.objective.report)
-        scores = {name: [shop.test(arm, metrics) for arm in group] for name, group in arms.items()}
+        scores = {name: [search.tuner.test(arm, metrics) for arm in group] for name, group in arms.items()}
         if not quick:
-            search.grid({name: group[0] for name, group in arms.items()}, ROOT.parent / "docs" / f"{recipe}.png")
+            first = {name: group[0] for name, group in arms.items()}
+            picture_grid(search.experiment, first, ROOT.parent / "docs" / f"{recipe}.png")
     pairs = [("learned", other) for other in arms if other != "learned"]
     pairs += [("constant", "best guidance"), ("constant", "analytic"), ("best guidance", "plain")]
     paired = [
@@ -109,7 +113,7 @@ SHOWN = {
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Means by arm, then learned minus each arm with intervals, as README shows them."""
+    """Means by arm, then learned minus each arm with intervals, as `docs/results.md` shows them."""
     shown = SHOWN[result["name"]]
 
     def number(metric: str, value: float) -> str:
@@ -158,7 +162,7 @@ def main(recipe: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: few cases and trials, own file")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--table", action="store_true", help="only make README's table again from the result file")
+    parser.add_argument("--table", action="store_true", help="only make the table again from the result file")
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-<recipe>)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -174,4 +178,4 @@ def main(recipe: str) -> None:
         write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:
-        into(ROOT.parent / "README.md", recipe, markdown(result))
+        into(ROOT.parent / "docs" / "results.md", recipe, markdown(result))

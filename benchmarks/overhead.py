@@ -13,7 +13,7 @@ Also the number of graphs and recompilations under `torch.compile` over 50 steps
 `benchmarks/results/overhead.json`; those of --quick (small U-Nets, under a minute) to `overhead-quick.json`, which is
 no evidence and not kept. One model alone replaces its rows.
 
-Every round is kept in `lightning_logs/bench-overhead/`, by the sources of `rwopt/apply`: a run that was stopped goes
+Every round is kept in `lightning_logs/bench-overhead/`, by the sources of `rwopt/unet`: a run that was stopped goes
 on, and `--rounds 12` after `--rounds 8` makes 4 (quick runs start anew). Full run: one to two hours of one core.
 """
 
@@ -37,11 +37,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets import unet_2d_blocks
 from numpy.typing import NDArray
 
-from rwopt.apply import apply
 from rwopt.files import write_text
-from rwopt.neighbours import freeu
 from rwopt.schedule import Schedule
-from rwopt.sites import SITE_KINDS, list_sites
+from rwopt.unet.apply import apply
+from rwopt.unet.neighbours import freeu
+from rwopt.unet.sites import SITE_KINDS, list_sites
 
 NOISE = {"beta_schedule": "scaled_linear"}
 CONSTANTS = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
@@ -216,7 +216,7 @@ class Kept:
 
 def sources() -> str:
     """Short hash of what is measured: rounds of other code are not pooled."""
-    folder = ROOT.parent / "rwopt" / "apply"
+    folder = ROOT.parent / "rwopt" / "unet"
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))) + torch.__version__.encode()
     return hashlib.sha256(text).hexdigest()[:8]
 

@@ -25,21 +25,21 @@ import numpy as np
 import torch
 from comparison import ROOT, into, publish
 
-from rwopt.apply import Attachment
-from rwopt.backprop import task_reward
 from rwopt.cli import _quiet
-from rwopt.evaluation import interval
-from rwopt.identity import versions
 from rwopt.models import Model, load_model
-from rwopt.objectives import Composite
+from rwopt.objectives.composite import Composite
 from rwopt.probes import Importance, make_probe
 from rwopt.probes.shapley import every_subset, exact_shapley, skip_loss
 from rwopt.probes.teacher import Teacher
-from rwopt.sampling import timesteps
-from rwopt.sites import list_sites
+from rwopt.sampling.noise import timesteps
+from rwopt.search.evaluation import interval
+from rwopt.search.identity import versions
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import load_cases
 from rwopt.tasks.editing import to_tensor
+from rwopt.tasks.reward import task_reward
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
 
 DIALS = Dials(4.0)
 Inputs = tuple[Any, Any, list[int], Callable[[torch.Tensor], torch.Tensor]]

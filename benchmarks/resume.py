@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT.parent / "tests"))
 from helpers.tiny import SETTINGS, STUDIES, killed_search  # noqa: E402
 
 from rwopt.files import write_text  # noqa: E402
-from rwopt.identity import versions  # noqa: E402
+from rwopt.search.identity import versions  # noqa: E402
 
 
 def main() -> int:

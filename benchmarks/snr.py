@@ -26,18 +26,20 @@ from comparison import ROOT, publish
 from probes import spearman
 
 from rwopt import config
-from rwopt.apply import Attachment
 from rwopt.cli import _quiet
-from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare, interval, score
-from rwopt.identity import versions
 from rwopt.models import Model
 from rwopt.probes import Importance
 from rwopt.probes.snr import Moments
 from rwopt.progress import Silent
-from rwopt.sampling import Condition, add_noise, predict, sample
+from rwopt.sampling.denoise import Condition, predict
+from rwopt.sampling.noise import add_noise
+from rwopt.sampling.sample import sample
 from rwopt.schedule import Schedule
-from rwopt.search import Search
-from rwopt.sites import list_sites
+from rwopt.search.evaluation import HELD_OUT, OBJECTIVE, compare, interval, score
+from rwopt.search.identity import versions
+from rwopt.search.search import Search
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
 
 REACH = (0.1, 0.3)
 
@@ -70,25 +72,25 @@ def prediction_snr(
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     given = [f"task.train={args.pictures}", f"task.validation={args.cases}", "track.wandb=off", "model.dtype=float32"]
     search = Search(config.load("generation", [*given, *args.overrides]), folder, Silent())
-    shop = search.shop
-    model, task = shop.model, shop.task("train")
+    experiment, probing = search.experiment, search.probing
+    model, task = experiment.model, experiment.splits.task("train")
     assert model.scheduler.config.prediction_type == "v_prediction"
     ids = [s.id for s in list_sites(model.unet, ("self", "cross", "ff"))]
     n = len(task)
-    slopes = search.probe("snr", "snr.json", ids, n, "residual", draws=args.draws)
-    reward = search.probe("reward_gradient", "reward.json", ids, n, "residual")
+    slopes = probing.probe("snr", "snr.json", ids, n, "residual", draws=args.draws)
+    reward = probing.probe("reward_gradient", "reward.json", ids, n, "residual")
     assert slopes.low is not None
     assert slopes.high is not None
     rows, gains, schedules = [], [], {"plain": along(slopes, 0.0)}
     for reach in REACH:
         schedules |= {f"along {reach}": along(slopes, reach), f"against {reach}": along(slopes, -reach)}
     with Attachment(model.unet, ids) as attachment:
-        x, cond, ts = task.inputs(attachment, shop.base, slice(0, n))
+        x, cond, ts = task.inputs(attachment, experiment.base, slice(0, n))
         clean, text = sample(model, attachment, x, cond, ts), Condition(cond.positive)
         levels = {k: prediction_snr(model, attachment, clean, text, ts, args.draws, s) for k, s in schedules.items()}
-    judged = shop.task("validation")
+    judged = experiment.splits.task("validation")
     scores = {
-        name: score(judged, judged.images(shop.base, None if name == "plain" else s), shop.composites)
+        name: score(judged, judged.images(experiment.base, None if name == "plain" else s), experiment.composites)
         for name, s in schedules.items()
     }
     for k, (sigma, t) in enumerate(zip(slopes.sigmas.tolist(), ts, strict=True)):

@@ -33,15 +33,16 @@ from comparison import ROOT, into
 
 from rwopt import config
 from rwopt.cli import _quiet
-from rwopt.evaluation import OBJECTIVE, interval
 from rwopt.files import write_text
-from rwopt.identity import versions
 from rwopt.progress import Silent
-from rwopt.search import Search
+from rwopt.search.evaluation import interval
+from rwopt.search.identity import versions
+from rwopt.search.search import Search
 from rwopt.tuners import Parameter, Tuner
-from rwopt.tuners.gradient import GradientTuner, Problem
+from rwopt.tuners.gradient import GradientTuner
 from rwopt.tuners.options import GradientOptions
 from rwopt.tuners.optuna import OptunaTuner
+from rwopt.tuners.problem import Problem
 from rwopt.tuners.spsa import SpsaTuner
 
 STEPS = ["task.steps=4", "weights.knots=4"]
@@ -88,32 +89,33 @@ class Race:
     _starts: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.shop, self.function = self.search.shop, self.search.functions()[0]
+        self.experiment, self.function = self.search.experiment, self.search.functions()[0]
         radius = self.search.settings.weights.radius
         self.space = [Parameter(n, -radius, radius) for n in self.function.names]
-        self.price = self.shop.task("train").calls * -(-len(self.shop.task("train")) // self.shop.task("train").batch)
+        task = self.experiment.splits.task("train")
+        self.price = task.calls * -(-len(task) // task.batch)
 
     def start(self, name: str) -> tuple[dict[str, float], int]:
         """A start by name, as values of the box, and what its probes cost."""
         if name not in self._starts:
             theta, calls = np.zeros(self.function.dimension), 0
             if name != "plain":
-                theta, calls = self.search.start(self.function, name)
+                theta, calls = self.search.probing.start(self.function, name)
             self._starts[name] = dict(zip(self.function.names, theta.tolist(), strict=True)), calls
         return self._starts[name]
 
     def score(self, split: str, values: dict[str, float]) -> float:
         theta = np.array([values[n] for n in self.function.names])
-        return self.shop.value(split, self.shop.base, self.function.schedule(theta))
+        return self.experiment.value(split, self.experiment.base, self.function.schedule(theta))
 
     def make(self, name: str, entry: Entry, seed: int, folder: Path) -> Tuner:
         study, trials = f"{name} {seed}", round(self.trials * entry.budget)
         starts = {s: self.start(s)[0] for s in entry.starts}
         if entry.gradient:
-            shop, o = self.shop, self.search.settings.gradient
-            problem = Problem(self.function, shop.prepare(shop.cases("train"), o.draws),
-                              shop.composites[OBJECTIVE], shop.base)  # fmt: skip
-            options = GradientOptions(entry.kind, max(1, problem.steps // 2), updates=2, batch=shop.task("train").batch)
+            splits, draws = self.experiment.splits, self.search.settings.gradient.draws
+            task = splits.prepare(splits.cases("train"), draws)
+            problem = Problem(self.function, task, self.experiment.objective, self.experiment.base)
+            options = GradientOptions(entry.kind, max(1, problem.steps // 2), updates=2, batch=task.batch)
             return GradientTuner(study, self.space, problem, folder, seed, starts, "bench", options)
         if entry.kind == "spsa":
             return SpsaTuner(study, self.space, folder, trials, seed, starts, "bench")

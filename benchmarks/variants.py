@@ -23,10 +23,10 @@ from comparison import ROOT, publish
 
 from rwopt import config
 from rwopt.cli import _quiet
-from rwopt.evaluation import HELD_OUT, OBJECTIVE, compare
-from rwopt.identity import versions
 from rwopt.progress import Bar
-from rwopt.search import Search
+from rwopt.search.evaluation import HELD_OUT, OBJECTIVE, compare
+from rwopt.search.identity import versions
+from rwopt.search.search import Search
 
 VARIANTS: dict[str, list[str]] = {
     "7 transformers, mode output": ["weights.kinds=[transformer]", "weights.mode=output"],
@@ -60,11 +60,11 @@ def rows_of(
     for name in names:
         settings = config.load(recipe, [*overrides, *VARIANTS[name], "track.wandb=off"])
         search = Search(settings, folder / name.replace(" ", "-"), bar)
-        shop, function = search.shop, search.functions()[0]
-        plain = shop.fixed("plain")
-        learned = shop.tune_weights(name, function, shop.base, {"plain": np.zeros(function.dimension)}, seed=0)
+        tuner, base, function = search.tuner, search.experiment.base, search.functions()[0]
+        plain = tuner.fixed("plain")
+        learned = tuner.tune_weights(name, function, base, {"plain": np.zeros(function.dimension)}, seed=0)
         reported = [m for m in metrics if m not in (OBJECTIVE, HELD_OUT)]
-        scores = [[shop.test(arm, reported, "validation")] for arm in (learned, plain)]
+        scores = [[tuner.test(arm, reported, "validation")] for arm in (learned, plain)]
         for metric in metrics:
             p = compare(*scores, metric, (name, "plain"), metric == OBJECTIVE, "validation")
             rows.append({

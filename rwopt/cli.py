@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rwopt import __version__
 from rwopt.errors import UserError
+
+if TYPE_CHECKING:
+    from rwopt.tasks.cases import Case
 
 EPILOG = """examples:
   rwopt search recipe=editing                      learn a schedule on the embedded model, compare, report
@@ -183,8 +186,8 @@ def _search(args: argparse.Namespace) -> None:
     from rwopt.files import write_text
     from rwopt.progress import Bar
     from rwopt.report import terminal_table
-    from rwopt.search import Search
-    from rwopt.verdict import explain, headline
+    from rwopt.search.search import Search
+    from rwopt.search.verdict import explain, headline
 
     with Bar() as bar:
         search = Search(settings, folder, bar)
@@ -214,10 +217,17 @@ def _worker(args: argparse.Namespace) -> None:
         from rwopt.tuners.storage import check_url
 
         check_url(storage)
+    for item in overrides:
+        if not item.startswith("model."):
+            raise UserError(f"{item}: a worker has its study's settings, but for model.name, model.device, model.dtype")
     _quiet()
-    from rwopt.worker import join
+    from rwopt import config
+    from rwopt.search.worker import join
 
-    done = join(args.target, storage, overrides, args.wait, lambda line: print(line, file=sys.stderr, flush=True))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    done = join(args.target, storage, lambda text: config.parse(text, args.target, overrides), args.wait, say)
     print(f"{args.target}: has all its trials; {done} of them from here")
 
 
@@ -236,9 +246,9 @@ def _probe(args: argparse.Namespace) -> None:
 
     from rwopt.progress import Silent
     from rwopt.report import importance_heatmap
-    from rwopt.search import Search
+    from rwopt.search.search import Search
 
-    importance = Search(settings, folder, Silent()).importance()
+    importance = Search(settings, folder, Silent()).probing.importance()
     importance_heatmap(importance, folder / "probe.png")
     table = Table(title=f"{importance.method}: {importance.calls} U-Net calls")
     table.add_column("site")
@@ -259,8 +269,8 @@ def _compare(args: argparse.Namespace) -> None:
     _quiet()
     from rich.console import Console
 
-    from rwopt.comparison import compare_schedules
     from rwopt.report import terminal_table
+    from rwopt.search.comparison import compare_schedules
 
     names = [path.stem for path in args.schedules]
     if len({"plain", *names}) <= len(names):
@@ -274,14 +284,13 @@ def _sample(args: argparse.Namespace) -> None:
     if not args.caption:
         raise UserError('sample needs --caption, for example --caption "portrait, pale skin, long red hair"')
     _quiet()
-    from rwopt.comparison import pictures
+    from rwopt.tasks.cases import Case
 
-    print(pictures(args, None))
+    _pictures(args, [Case(f"sample-{args.seed}-{i}", args.caption) for i in range(4)])
 
 
 def _edit(args: argparse.Namespace) -> None:
     _quiet()
-    from rwopt.comparison import pictures
     from rwopt.tasks.cases import Case, load_cases, read_picture
 
     if args.image is not None:
@@ -295,7 +304,18 @@ def _edit(args: argparse.Namespace) -> None:
         case = cases[args.case]
         if args.caption:
             case.caption, case.truth = args.caption, None
-    print(pictures(args, case))
+    if args.seed:  # the start noise is a function of the id; seed 0 is the one that searches use
+        case.id = f"{case.id}/{args.seed}"
+    _pictures(args, [case])
+
+
+def _pictures(args: argparse.Namespace, cases: Sequence[Case]) -> None:
+    from rwopt.schedule import Schedule
+    from rwopt.search.comparison import pictures
+
+    schedule = None if args.schedule is None else Schedule.load(args.schedule)
+    strength = getattr(args, "strength", None)
+    print(pictures(cases, args.out, schedule, args.model, args.steps, args.guidance, strength))
 
 
 def _text(value: object) -> str:
@@ -335,9 +355,10 @@ def _sites(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rwopt.names import site_rows
+    from rwopt.models.configuration import empty_unet
+    from rwopt.unet.names import site_rows
 
-    rows = site_rows(args.model)
+    rows = site_rows(empty_unet(args.model))
     console = Console(width=None if sys.stdout.isatty() else 200)
     narrow = ("class", "stage") if console.width < 190 else ()
     columns = [n for n in rows[0] if n not in narrow and any(row[n] for row in rows)]

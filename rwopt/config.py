@@ -7,6 +7,7 @@ one, values are converted to the declared types, ranges are checked here. Nothin
 from __future__ import annotations
 
 import difflib
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -16,10 +17,10 @@ from typing import Any
 from rwopt.errors import UserError, at_least_one, check, one_of
 from rwopt.files import package_folder
 from rwopt.probes import PROBES
-from rwopt.sites import GROUPINGS, SITE_KINDS
 from rwopt.tuners import SAMPLERS, TUNERS
 from rwopt.tuners.options import GradientOptions
 from rwopt.tuners.storage import check_url
+from rwopt.unet.sites import GROUPINGS, SITE_KINDS
 
 
 @dataclass
@@ -159,7 +160,7 @@ class TunerSettings:
     looked at after each `part` cases. storage: URL of studies that `rwopt worker` joins (none: study.db in the run
     folder); heartbeat, grace: seconds between a worker's signs of life, and until one counts as gone.
 
-    together: candidates proposed and scored at once, knowing nothing of each other's scores: what their trajectories
+    batched: candidates proposed and scored at once, knowing nothing of each other's scores: what their trajectories
     share is computed once, and they share U-Net calls if `task.batch` holds more pictures than a candidate has.
     """
 
@@ -175,7 +176,7 @@ class TunerSettings:
     limits: dict[str, float] = field(default_factory=dict)
     prune: float = 0.0
     part: int = 8
-    together: int = 1
+    batched: int = 1
     storage: str = ""
     heartbeat: float = 10.0
     grace: float = 60.0
@@ -183,7 +184,7 @@ class TunerSettings:
     def __post_init__(self) -> None:
         one_of(TUNERS, "tuner.name", self.name)
         one_of(SAMPLERS, "tuner.sampler", self.sampler)
-        at_least_one(self, "tuner", "trials", "dial_trials", "control_trials", "top_k", "together")
+        at_least_one(self, "tuner", "trials", "dial_trials", "control_trials", "top_k", "batched")
         self._check_optuna()
 
     @property
@@ -205,8 +206,8 @@ class TunerSettings:
         check(0 <= self.slack < math.inf, "tuner.slack", self.slack, "must be 0 or more, and finite")
         for name, bound in self.limits.items():
             check(math.isfinite(bound), f"tuner.limits.{name}", bound, "must be finite")
-        fits = self.together == 1 or not self.prune
-        check(fits, "tuner.together", self.together, "gives nothing up early: set it to 1, or tuner.prune to 0")
+        fits = self.batched == 1 or not self.prune
+        check(fits, "tuner.batched", self.batched, "gives nothing up early: set it to 1, or tuner.prune to 0")
         at_least_one(self, "tuner", "part")
         check(1 <= self.heartbeat < math.inf, "tuner.heartbeat", self.heartbeat, "must be at least 1 (seconds)")
         fits = 2 * self.heartbeat <= self.grace < math.inf
@@ -226,7 +227,7 @@ class TrackSettings:
 
 @dataclass
 class Settings:
-    """Everything a search depends on, but for where it runs."""
+    """Everything a search depends on, but for where it runs. `arms`: what it compares (`rwopt.search.arms`), or all."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     task: TaskSettings = field(default_factory=TaskSettings)
@@ -238,6 +239,7 @@ class Settings:
     tuner: TunerSettings = field(default_factory=TunerSettings)
     gradient: GradientOptions = field(default_factory=GradientOptions)
     track: TrackSettings = field(default_factory=TrackSettings)
+    arms: list[str] = field(default_factory=list)
 
 
 def recipes() -> dict[str, tuple[Path, str]]:
@@ -266,27 +268,36 @@ def find_recipe(name: str) -> Path:
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
     """Settings of a recipe with `key=value` overrides. Raises `UserError` for a key, type or range that is wrong."""
+    path = find_recipe(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Settings:
+    """`load` of a recipe's text; errors name it as `where`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = find_recipe(recipe)
-    where = str(path)
+    place = where
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Settings), _known(OmegaConf.load(path), where))
-        for where in overrides:
-            config = OmegaConf.merge(config, _known(OmegaConf.create(_nested(where)), where))
-        where = str(path)
+        config = OmegaConf.merge(OmegaConf.structured(Settings), _known(OmegaConf.load(io.StringIO(text)), where))
+        for place in overrides:
+            config = OmegaConf.merge(config, _known(OmegaConf.create(_nested(place)), place))
+        place = where
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        raise UserError(f"{where}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
+        raise UserError(f"{place}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
     except UserError:
         raise
-    except Exception as error:  # YAML syntax and encodings: the parsers' own classes
-        raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
+    except Exception as error:  # YAML syntax: the parser's own classes
+        raise UserError(f"{place} cannot be read: {' '.join(str(error).split())}") from None
     assert isinstance(settings, Settings)
     if not settings.objective.terms:
-        raise UserError(f"{path}: objective.terms is empty: name at least one objective")
+        raise UserError(f"{where}: objective.terms is empty: name at least one objective")
     return settings
 
 

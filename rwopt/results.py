@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Arm", "Metric", "Paired"]
+__all__ = ["ArmMeans", "Metric", "Paired"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of making the pictures: plain, analytic, a control, or learned.
+class ArmMeans:
+    """What one way of making the pictures scored: plain, analytic, a control, or learned.
 
     `means` holds a value per metric name (a missing one is shown as a dash); `calls` counts the U-Net calls that it
     took to find this arm (0 for the plain model); `note` is one plain phrase.

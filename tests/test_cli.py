@@ -102,19 +102,17 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert out.startswith("[] ")
 
 
-def test_apply_is_the_function_whoever_imported_the_module_first() -> None:
-    """Once with the module imported before the name is used, once after, once under another name."""
+def test_public_names_are_what_they_say_whoever_imported_their_modules_first() -> None:
     python(
-        "import rwopt\nfrom rwopt.apply import Attachment\nimport rwopt.apply\nimport sys\n"
-        "assert callable(rwopt.apply), rwopt.apply\n"
-        "assert rwopt.apply is sys.modules['rwopt.apply'].apply\n"
+        "import rwopt.unet.apply\nfrom rwopt.unet.attachment import Attachment\nimport sys\n"
+        "assert rwopt.apply is sys.modules['rwopt.unet.apply'].apply\n"
         "assert rwopt.Attachment is Attachment\n"
         "from rwopt import apply\nassert apply is rwopt.apply\n"
-        "import rwopt.schedule, rwopt.sites\nassert rwopt.schedule.Schedule is rwopt.Schedule\n"
+        "import rwopt.schedule, rwopt.unet.sites\nassert rwopt.schedule.Schedule is rwopt.Schedule\n"
         "assert all(getattr(rwopt, name) is not None for name in rwopt.__all__)\n"
         "try: rwopt.nothing\nexcept AttributeError as error: assert 'nothing' in str(error)\nelse: raise SystemExit(1)"
     )
-    python("import rwopt\nfirst = rwopt.apply\nfrom rwopt.apply import apply\nassert rwopt.apply is first is apply")
+    python("import rwopt\nfirst = rwopt.apply\nfrom rwopt.unet.apply import apply\nassert first is apply")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -190,6 +190,8 @@ def export(module: TrainDiffusion, tokenizer: CLIPTokenizer) -> None:
     for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
         part = getattr(pipe, name)
         publish(lambda path, part=part: part.save_pretrained(path), name)
+    # transformers 5 loads by what the configuration says; diffusers loads the other parts in float32
+    CLIPTextConfig.from_pretrained(MODEL / "text_encoder", dtype="float32").save_pretrained(MODEL / "text_encoder")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.models import Model, load_model
 from rwopt.models.judge import Judge
-from rwopt.sampling import add_noise, condition, sample, timesteps
+from rwopt.sampling.denoise import condition
+from rwopt.sampling.noise import add_noise, timesteps
+from rwopt.sampling.sample import sample
+from rwopt.unet.attachment import Attachment
 
 from common import CACHE, fit, load_pool, publish, to_float, visible
 from world import NAMES, caption

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwopt.errors import UserError
 from rwopt.models.judge import Judge, Verdict
-from rwopt.objectives import Batch, Objective, ObjectiveSpec
+from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec
 
 NETWORKS = ("scorer", "judge")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rwopt.objectives import Batch, Objective, ObjectiveSpec
+from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec
 
 
 def _psnr(batch: Batch) -> Tensor:

@@ -23,9 +23,9 @@ from rwopt.files import write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rwopt.apply import Attachment
     from rwopt.models import Model
-    from rwopt.sampling import Condition
+    from rwopt.sampling.denoise import Condition
+    from rwopt.unet.attachment import Attachment
 
 FORMAT, VERSION = "rwopt.importance", "1.0"
 

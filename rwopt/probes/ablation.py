@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.models import Model
 from rwopt.probes import Importance, choice, mean_interval
 from rwopt.probes.teacher import TRAJECTORIES, Predict, Teacher, branch_only, relative_error
-from rwopt.sampling import Condition
-from rwopt.sites import find_sites, group_sites
+from rwopt.sampling.denoise import Condition
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import find_sites, group_sites
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.models import Model
 from rwopt.probes import Importance, mean_interval
 from rwopt.probes.teacher import Teacher
-from rwopt.sampling import Condition
+from rwopt.sampling.denoise import Condition
+from rwopt.unet.attachment import Attachment
 
 
 @dataclass(frozen=True)

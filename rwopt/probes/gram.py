@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice, mean_interval
 from rwopt.probes.teacher import TRAJECTORIES, Predict, Teacher, branch_only, by_picture
-from rwopt.sampling import Condition
+from rwopt.sampling.denoise import Condition
+from rwopt.unet.attachment import Attachment
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
-from rwopt.backprop import Path, Reward, unroll
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice, mean_interval
 from rwopt.probes.teacher import TRAJECTORIES, Teacher
-from rwopt.sampling import Condition
+from rwopt.sampling.backprop import GradientPath, Reward, unroll
+from rwopt.sampling.denoise import Condition
+from rwopt.unet.attachment import Attachment
 
 
 @dataclass(frozen=True)
 class RewardGradient:
     """Score: mean over pictures of `d reward / d w[k, s]` at w = 1 (equally: with respect to the log-gain); signed.
 
-    reward: scores [N] of final latents [N, C, h, w], differentiable (`rwopt.backprop.task_reward` makes one).
+    reward: scores [N] of final latents [N, C, h, w], differentiable (`rwopt.tasks.reward.task_reward` makes one).
     trajectory: "student" follows every path of the gradient to the final latents; "teacher" stops it at the input of
     each U-Net call, so that a row answers for its own step alone. The price is the same, 4 N calls: N forward, N re-run
     by checkpointing, N backward counted as two; decoder and reward come on top.
@@ -41,8 +41,8 @@ class RewardGradient:
         self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
     ) -> Importance:
         if self.reward is None:
-            raise UserError("probe reward_gradient needs a reward: make one with rwopt.backprop.task_reward")
-        path = Path("full" if self.trajectory == "student" else "detached")
+            raise UserError("probe reward_gradient needs a reward: make one with rwopt.tasks.reward.task_reward")
+        path = GradientPath("full" if self.trajectory == "student" else "detached")
         sigmas = Teacher(model, attachment, x, cond, ts).sigmas
         table = torch.ones(len(ts), len(x), len(attachment.sites), device=x.device, requires_grad=True)
         column = {model.sigma(t): k for k, t in enumerate(ts)}

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice
 from rwopt.probes.teacher import TRAJECTORIES, Predict, Teacher, branch_only, relative_error
-from rwopt.sampling import Condition
+from rwopt.sampling.denoise import Condition
+from rwopt.unet.attachment import Attachment
 
 Loss = Callable[[np.ndarray], np.ndarray]  # skipped [S] or [N, S] bool -> error of each picture [N]; none skipped: 0
 

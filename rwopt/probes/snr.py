@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, mean_interval
 from rwopt.probes.teacher import Teacher
-from rwopt.sampling import Condition, add_noise, predict, sample
-from rwopt.sites import Site, branch_modules, find_sites
+from rwopt.sampling.denoise import Condition, predict
+from rwopt.sampling.noise import add_noise
+from rwopt.sampling.sample import sample
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import Site, branch_modules, find_sites
 
 Watched = dict[tuple[int, int], tuple[Tensor, Tensor]]  # (site, block in it) -> (stream after the branch h, branch a)
 

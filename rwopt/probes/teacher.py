@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import choice
-from rwopt.sampling import Condition, ddim_step, guide, predict
+from rwopt.sampling.denoise import Condition, guide, predict
+from rwopt.sampling.sample import ddim_step
+from rwopt.unet.attachment import Attachment
 
 TRAJECTORIES = ("teacher", "student")
 Predict = Callable[[int, np.ndarray], Tensor]  # (step, weights [S]) -> what is watched, rows first

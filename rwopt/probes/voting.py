@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice
 from rwopt.probes.teacher import TRAJECTORIES, Teacher
-from rwopt.sampling import Condition
-from rwopt.sites import Site, find_sites, group_sites
+from rwopt.sampling.denoise import Condition
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import Site, find_sites, group_sites
 
 Run = Callable[[], Iterable[Tensor]]  # a plain run: one raw output a step
 Student = Callable[[int, np.ndarray, np.ndarray], Tensor]  # (step, weights [B], skipped [B]) -> raw output

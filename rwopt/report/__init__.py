@@ -18,10 +18,10 @@ from rwopt.report.heatmaps import importance_heatmap, schedule_heatmap
 from rwopt.report.history import search_history
 from rwopt.report.html import write_html
 from rwopt.report.table import terminal_table
-from rwopt.results import Arm, Metric, Paired
+from rwopt.results import ArmMeans, Metric, Paired
 
 __all__ = [
-    "Arm",
+    "ArmMeans",
     "Metric",
     "Paired",
     "Picture",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rwopt.results import Arm, Metric, Paired
+from rwopt.results import ArmMeans, Metric, Paired
 
 __all__ = [
     "Picture",
@@ -35,7 +35,7 @@ class Report:
     recipe: str
     task: str
     metrics: list[Metric]
-    arms: list[Arm]
+    arms: list[ArmMeans]
     paired: list[Paired]
     split: str
     cases: int
@@ -106,7 +106,7 @@ def probability(p: float) -> str:
     return f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def best(arms: Sequence[Arm], metric: Metric) -> set[str]:
+def best(arms: Sequence[ArmMeans], metric: Metric) -> set[str]:
     """Names of the arms whose shown value is the best one (several if they tie in the shown digits)."""
     shown = {arm.name: arm.means[metric.name] for arm in arms if math.isfinite(arm.means.get(metric.name, math.nan))}
     if len(shown) < 2:

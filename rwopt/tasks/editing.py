@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import Batch
-from rwopt.sampling import Condition, add_noise, condition, invert, timesteps
-from rwopt.tasks import Dials, Task
+from rwopt.sampling.denoise import Condition, condition
+from rwopt.sampling.noise import add_noise, timesteps
+from rwopt.sampling.sample import invert
 from rwopt.tasks.cases import Case
+from rwopt.tasks.task import Dials, Task
+from rwopt.unet.attachment import Attachment
 
 
 def to_tensor(pictures: Sequence[np.ndarray | None]) -> Tensor | None:

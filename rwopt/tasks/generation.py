@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rwopt.apply import Attachment
 from rwopt.models import Model
-from rwopt.sampling import Condition, condition, timesteps
-from rwopt.tasks import Dials, Task
+from rwopt.sampling.denoise import Condition, condition
+from rwopt.sampling.noise import timesteps
 from rwopt.tasks.cases import Case
+from rwopt.tasks.task import Dials, Task
+from rwopt.unet.attachment import Attachment
 
 
 class Generation(Task):

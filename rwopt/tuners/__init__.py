@@ -13,7 +13,6 @@ from typing import Protocol
 from rwopt.errors import UserError
 
 TUNERS = ("auto", "gradient", "optuna", "spsa")
-GRADIENTS = ("full", "truncated", "detached")  # ways of a gradient through the sampler, see `rwopt.backprop`
 SAMPLERS = ("auto", "gp", "tpe", "cmaes", "nsga2", "nsga3", "random")
 
 

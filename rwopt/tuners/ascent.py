@@ -20,12 +20,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from rwopt.apply import Attachment
-from rwopt.backprop import Path as Way
-from rwopt.backprop import unroll
-from rwopt.tuners.gradient import Problem
+from rwopt.sampling.backprop import GradientPath, unroll
+from rwopt.schedule.weights import hat
 from rwopt.tuners.options import GradientOptions
-from rwopt.weights import hat
+from rwopt.tuners.problem import Problem
+from rwopt.unet.attachment import Attachment
 
 
 class Ascent(L.LightningModule):
@@ -53,7 +52,7 @@ class Ascent(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.problem, self.attachment, self.options, self.seed = problem, attachment, options, seed
-        self.way = Way(options.mode, options.last, options.stride)
+        self.path = GradientPath(options.mode, options.last, options.stride)
         self.theta = nn.Parameter(torch.tensor(start, dtype=torch.float32))
         for name, value in (("start", start), ("low", bounds[0]), ("high", bounds[1])):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
@@ -82,7 +81,7 @@ class Ascent(L.LightningModule):
             assert isinstance(row, Tensor)
             return row
 
-        end = unroll(problem.model, self.attachment, x, cond, ts, weights, self.way, update)
+        end = unroll(problem.model, self.attachment, x, cond, ts, weights, self.path, update)
         total = reward(end).sum()
         return total.detach(), torch.autograd.grad(total, self.theta)[0]
 
@@ -94,7 +93,7 @@ class Ascent(L.LightningModule):
         for rows in share:
             reward, gradient = self.reward_gradient(rows, update)
             pictures = rows.stop - rows.start
-            price = self.way.price(self.problem.steps, update) * pictures
+            price = self.path.price(self.problem.steps, update) * pictures
             packed += torch.cat([gradient.double().cpu(), torch.tensor([float(reward), pictures, price]).double()])
         packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
         gradient, (reward, pictures, price) = packed[:-3].to(self.theta), packed[-3:].tolist()

@@ -1,52 +1,24 @@
 """Tuning by gradients: reward of the final picture, back through the sampler, to the weight function's numbers.
 
 Fulfils the tuners' contract: the starts are scored first, then each proposal is theta after `updates` more steps of
-Adam from the best start, to be scored like any other tuner's candidate. Modes of the gradient: `rwopt.backprop.Path`.
-State is on disk after each call and after each update (`<study>/trials.json`, `<study>/last.ckpt`).
+Adam from the best start, to be scored like any other tuner's candidate. Modes of the gradient:
+`rwopt.sampling.backprop`. State is on disk after each call and after each update (`<study>/trials.json`,
+`<study>/last.ckpt`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path as File
+from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from rwopt.apply import Attachment
-from rwopt.backprop import Reward, task_reward
 from rwopt.errors import UserError
-from rwopt.models import Model
-from rwopt.objectives import Composite
-from rwopt.sampling import Condition
-from rwopt.tasks import Dials, Task
 from rwopt.tuners import Candidate, Parameter, Trial
 from rwopt.tuners.options import GradientOptions
+from rwopt.tuners.problem import Problem
 from rwopt.tuners.table import Table
-from rwopt.weights import WeightFunction
-
-
-class Problem:
-    """What is to be raised: the objective of a task's pictures at fixed dials, as a function of the weights.
-
-    Noise is the task's own, one for each case: the same candidate gives the same reward.
-    """
-
-    def __init__(self, function: WeightFunction, task: Task, objective: Composite, dials: Dials) -> None:
-        self.function, self.task, self.objective, self.dials = function, task, objective, dials
-        self.model: Model = task.model
-        self.pictures, self.steps = len(task), task.steps
-        self._rewards: dict[int, Reward] = {}
-
-    def batch(self, attachment: Attachment, rows: slice) -> tuple[Tensor, Condition, list[int], Reward]:
-        """Where sampling starts for some of the pictures, and the reward of their final latents."""
-        if rows.start not in self._rewards:
-            self._rewards[rows.start] = task_reward(self.task, self.objective, rows)
-        return (*self.task.inputs(attachment, self.dials, rows), self._rewards[rows.start])
-
-    def values(self) -> dict[str, float]:
-        """The dials, as values of a candidate."""
-        return self.dials.to_dict()
+from rwopt.unet.attachment import Attachment
 
 
 class GradientTuner:
@@ -62,7 +34,7 @@ class GradientTuner:
         study: str,
         space: Sequence[Parameter],
         problem: Problem,
-        folder: File,
+        folder: Path,
         seed: int = 0,
         starts: Mapping[str, Mapping[str, float]] | None = None,
         fingerprint: str = "",

@@ -32,7 +32,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Together:
+class Batched:
     """How many candidates are proposed before they are scored, and who scores them."""
 
     size: int
@@ -43,19 +43,19 @@ def work(
     tuner: Tuner,
     trials: int,
     evaluate: Callable[[Candidate, Report], Outcome],
-    told: Callable[[Trial], None] = lambda trial: None,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
     name: str = "study",
     pause: float = 0.3,
-    together: Together | None = None,
+    batched: Batched | None = None,
 ) -> int:
     """Evaluate candidates until the study has `trials`, or all that it was asked for; the number that this loop ended.
 
-    told: called once for each trial that is scored or was stopped early (score NaN), whoever evaluated it, first for
-    those that are there already. together: for several candidates at once, if the tuner has them. Raises `UserError` if
-    more candidates than that had no finite score, or if the storage fails.
+    on_trial: called once for each trial that is scored or was stopped early (score NaN), whoever evaluated it, first
+    for those that are there already. batched: for several candidates at once, if the tuner has them. Raises
+    `UserError` if more candidates than that had no finite score, or if the storage fails.
     """
     try:
-        return _work(tuner, trials, evaluate, told, name, pause, together or Together(1, lambda _: []))
+        return _work(tuner, trials, evaluate, on_trial, name, pause, batched or Batched(1, lambda _: []))
     except StorageInternalError as error:
         why = " ".join(str(error.__cause__ or error).split("\n", 1)[0].split())
         raise UserError(f"{name}: the study's storage failed ({why}): start again, scored trials are kept") from None
@@ -65,10 +65,10 @@ def _work(
     tuner: Tuner,
     trials: int,
     evaluate: Callable[[Candidate, Report], Outcome],
-    told: Callable[[Trial], None],
+    on_trial: Callable[[Trial], None],
     name: str,
     pause: float,
-    together: Together,
+    batched: Batched,
 ) -> int:
     seen, done, failed = set[int](), 0, 0
     shared = tuner if isinstance(tuner, OptunaTuner) else None
@@ -78,18 +78,18 @@ def _work(
             for trial in ended(tuner, table):
                 if trial.candidate.number not in seen:
                     seen.add(trial.candidate.number)
-                    told(trial)
+                    on_trial(trial)
             if shared and table is not None and table.met:
                 shared.tidy(table)
                 return done
             if len(seen) >= trials:
                 return done
-            candidates = _claim(tuner, min(together.size, trials - len(seen)), table)
+            candidates = _claim(tuner, min(batched.size, trials - len(seen)), table)
             if not candidates:  # others have the last ones in hand
                 time.sleep(pause)
                 continue
             if len(candidates) > 1:
-                outcomes = together.evaluate(candidates)
+                outcomes = batched.evaluate(candidates)
             else:
                 report = partial(shared.report, candidates[0]) if shared else _go_on
                 outcomes = [evaluate(candidates[0], report)]

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 from rwopt.errors import at_least_one, check, one_of
-from rwopt.tuners import GRADIENTS
+from rwopt.sampling import GRADIENTS
 
 
 @dataclass
 class GradientOptions:
-    """For `tuner.name=gradient`: the way through the sampler (`rwopt.backprop.Path`), and Adam.
+    """For `tuner.name=gradient`: the way through the sampler (`rwopt.sampling.backprop.GradientPath`), and Adam.
 
     mode: full, truncated (the `last` steps) or detached (every `stride`-th step); draws: start noises of each train
     case that it sees, so that it does not learn those of the scored ones by heart; updates: Adam steps from one

@@ -15,10 +15,12 @@ from helpers.twins import NETS, Twin, ids_of, make, state
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rwopt.apply import Attachment, apply
 from rwopt.errors import UserError
-from rwopt.schedule import Schedule, sigma_of, timestep_of
-from rwopt.sites import FREEU_KINDS, SITE_KINDS
+from rwopt.schedule import Schedule
+from rwopt.schedule.noise import sigma_of, timestep_of
+from rwopt.unet.apply import apply
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import FREEU_KINDS, SITE_KINDS
 
 WHOLE = ("transformer", "resnet", "skip")  # what mode output knows
 CASES = [(SITE_KINDS, "residual"), (WHOLE, "output")]

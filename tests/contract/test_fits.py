@@ -22,12 +22,14 @@ from helpers.twins import NETS, Twin, ids_of, make, state
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from rwopt.apply import Attachment, apply
-from rwopt.apply.follow import Followed
 from rwopt.errors import UserError
-from rwopt.neighbours import freeu
-from rwopt.schedule import Schedule, noise_block
-from rwopt.sites import FREEU_KINDS, SITE_KINDS, list_sites
+from rwopt.schedule import Schedule
+from rwopt.schedule.noise import noise_block
+from rwopt.unet.apply import apply
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.follow import Followed
+from rwopt.unet.neighbours import freeu
+from rwopt.unet.sites import FREEU_KINDS, SITE_KINDS, list_sites
 
 NOISE = noise_block(sampler("ddim"))
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])

@@ -15,9 +15,10 @@ from helpers.samplers import SAMPLERS, close, level, meant, ramp, sampler
 from helpers.twins import ids_of, state
 from torch import Tensor
 
-from rwopt.apply import apply
 from rwopt.errors import UserError
-from rwopt.schedule import Schedule, sigma_of, timestep_of
+from rwopt.schedule import Schedule
+from rwopt.schedule.noise import sigma_of, timestep_of
+from rwopt.unet.apply import apply
 
 KINDS = ("transformer", "resnet", "skip", "cross")
 CASES = [(task, how) for task in TASKS for how in (*SAMPLERS, *EXTRA.get(task, ()))]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from rwopt.apply import Attachment
 from rwopt.models import Model
-from rwopt.sampling import Condition
-from rwopt.sites import list_sites
+from rwopt.sampling.denoise import Condition
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
 
 N, K, S = 2, 2, 7  # pictures, steps, sites (of the tiny U-Net, in 5 blocks)
 TS = [700, 300]

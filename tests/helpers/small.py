@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+
+from rwopt.schedule.weights import WeightFunction
+from rwopt.unet.sites import Site, group_sites
 
 
 def make_tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
@@ -44,3 +48,9 @@ def hooks_of(unet: nn.Module) -> list[Any]:
         for table in (module._forward_hooks, module._forward_pre_hooks)
         for hook in table.values()
     ]
+
+
+def weight_function(
+    sites: Sequence[Site], knots: Sequence[float], by: str = "stage_kind", **options: Any
+) -> WeightFunction:
+    return WeightFunction([s.id for s in sites], knots, group_sites(sites, by), **options)  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwopt.arms import Arm
 from rwopt.models import EMBEDDED
+from rwopt.search.arms import Arm
 
 TRIALS, DIAL_TRIALS, CONTROL_TRIALS = 3, 2, 1
 SETTINGS = ["task.train=3", "task.validation=3", "task.test=5", f"tuner.trials={TRIALS}", "tuner.sampler=random",

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from rwopt.sites import ALL_KINDS, list_sites
+from rwopt.unet.sites import ALL_KINDS, list_sites
 
 TEXT = 12
 

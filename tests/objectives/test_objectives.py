@@ -14,8 +14,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from rwopt.errors import UserError
 from rwopt.models.judge import Judge
-from rwopt.objectives import Batch, Composite, Objective, ObjectiveSpec, make_objective, objective_names
+from rwopt.objectives import Batch, Objective, ObjectiveSpec, make_objective, objective_names
 from rwopt.objectives.avatar import Panel, panel
+from rwopt.objectives.composite import Composite
 
 N = 4
 CHANGES = [["hair_color"], ["glasses"], ["mouth"], ["background"]]

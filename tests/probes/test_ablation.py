@@ -11,7 +11,7 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import make_probe
 from rwopt.probes.ablation import ablate
-from rwopt.sampling import predict
+from rwopt.sampling.denoise import predict
 
 
 def test_ablation_is_the_relative_error_of_a_skip(model: Model) -> None:

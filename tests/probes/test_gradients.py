@@ -11,7 +11,8 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import make_probe
 from rwopt.probes.gradient_norm import output_gradient
-from rwopt.sampling import predict, sample
+from rwopt.sampling.denoise import predict
+from rwopt.sampling.sample import sample
 
 
 def test_reward_gradient_agrees_with_finite_differences(model: Model) -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from helpers.probes import N, Quadratic, coupled, inputs, spearman
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import make_probe
 from rwopt.probes.gram import columns, products
 from rwopt.probes.shapley import draw_orders, every_subset, exact_shapley, permutation_shapley, skip_loss, summarise
 from rwopt.probes.teacher import Teacher
-from rwopt.sites import list_sites
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
 
 
 def test_shapley_sampling_is_exact_enumeration_in_expectation(model: Model) -> None:

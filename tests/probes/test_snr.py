@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers.probes import attach, inputs
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import make_probe
 from rwopt.probes.snr import Moments, watch
-from rwopt.sampling import predict
-from rwopt.sites import list_sites
+from rwopt.sampling.denoise import predict
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
 
 
 @pytest.mark.parametrize("kinds", [("transformer",), ("self", "cross", "ff")])

@@ -9,7 +9,7 @@ from helpers.probes import K, S, attach, inputs
 from rwopt.models import Model
 from rwopt.probes import make_probe
 from rwopt.probes.teacher import Teacher
-from rwopt.sampling import sample
+from rwopt.sampling.sample import sample
 
 
 def test_probes_follow_the_plain_trajectory(model: Model) -> None:

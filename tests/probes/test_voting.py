@@ -12,8 +12,9 @@ from helpers.probes import K, Quadratic, S, attach, inputs, spearman
 from rwopt.models import Model
 from rwopt.probes import make_probe
 from rwopt.probes.voting import Voting, _skip, follow, points
-from rwopt.sampling import predict, sample
-from rwopt.sites import find_sites, group_sites, list_sites
+from rwopt.sampling.denoise import predict
+from rwopt.sampling.sample import sample
+from rwopt.unet.sites import find_sites, group_sites, list_sites
 
 
 def test_voting_scores_blocks(model: Model) -> None:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rwopt.apply import Attachment
 from rwopt.errors import UserError
 from rwopt.files import package_folder
 from rwopt.models import Model
 from rwopt.schedule import Schedule
-from rwopt.sites import list_sites
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import SPLITS, Case, load_cases, read_picture
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
 
 COUNTS = {"train": 128, "validation": 128, "test": 256}
 PLAIN = Dials(3.0, 0.6)

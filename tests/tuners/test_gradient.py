@@ -16,20 +16,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers.small import make_tiny_unet
+from helpers.small import make_tiny_unet, weight_function
 from torch import Tensor
 
-from rwopt.apply import Attachment
-from rwopt.backprop import Path, Reward, select, unroll
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import Batch
-from rwopt.sampling import Condition, sample
-from rwopt.sites import list_sites
+from rwopt.sampling.backprop import GradientPath, Reward, unroll
+from rwopt.sampling.denoise import Condition
+from rwopt.sampling.sample import sample
 from rwopt.tuners import Parameter
-from rwopt.tuners.gradient import GradientTuner, Problem
+from rwopt.tuners.gradient import GradientTuner
 from rwopt.tuners.options import GradientOptions
-from rwopt.weights import WeightFunction
+from rwopt.tuners.problem import Problem
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
 
 TS = [900, 600, 300]
 K, S = 3, 7
@@ -48,7 +49,7 @@ class Toy(Problem):
 
     def __init__(self, model: Model, pictures: int = 4, group_by: str = "stage") -> None:
         sites = list_sites(model.unet)
-        self.function = WeightFunction.build(sites, [model.sigma(t) for t in TS[::2]], group_by)
+        self.function = weight_function(sites, [model.sigma(t) for t in TS[::2]], group_by)
         self.model, self.pictures, self.steps = model, pictures, len(TS)
 
     def batch(self, attachment: Attachment, rows: slice) -> tuple[Tensor, Condition, list[int], Reward]:
@@ -63,7 +64,7 @@ class Toy(Problem):
         return {"guidance": 1.0}
 
 
-def gradient(model: Model, path: Path, table: Tensor, offset: int = 0) -> Tensor:
+def gradient(model: Model, path: GradientPath, table: Tensor, offset: int = 0) -> Tensor:
     """Of the summed reward with respect to a table [K, S]."""
     table = table.clone().requires_grad_(True)
     problem = Toy(model)
@@ -91,7 +92,7 @@ def test_full_gradient_equals_finite_differences(inner: bool) -> None:
     model = tiny_model(torch.float64)
     if inner:
         model.unet.enable_gradient_checkpointing()
-    exact, h = gradient(model, Path("full"), TABLE), 2e-2
+    exact, h = gradient(model, GradientPath("full"), TABLE), 2e-2
     for k, s in ((0, 1), (0, 5), (1, 3), (2, 6)):
         shift = torch.zeros_like(TABLE)
         shift[k, s] = h
@@ -103,22 +104,25 @@ def test_full_gradient_equals_finite_differences(inner: bool) -> None:
 def test_each_mode_trains_the_rows_that_it_says() -> None:
     model = tiny_model()
     table = TABLE.float()
-    full = gradient(model, Path("full"), table)
-    truncated = gradient(model, Path("truncated", last=2), table)
+    full = gradient(model, GradientPath("full"), table)
+    truncated = gradient(model, GradientPath("truncated", last=2), table)
     assert (truncated[0] == 0).all()
     torch.testing.assert_close(truncated[1:], full[1:])
-    detached = gradient(model, Path("detached"), table)
+    detached = gradient(model, GradientPath("detached"), table)
     assert (detached.abs().amax(1) > 0).all()
     torch.testing.assert_close(detached[-1], full[-1])  # no U-Net comes after the last step
     assert not torch.allclose(detached[0], full[0], rtol=1e-3)
     for offset, live in ((0, [0, 2]), (1, [1])):
-        subset = gradient(model, Path("detached", stride=2), table, offset)
+        subset = gradient(model, GradientPath("detached", stride=2), table, offset)
         torch.testing.assert_close(subset[live], detached[live])
         assert (subset[[k for k in range(K) if k not in live]] == 0).all()
 
 
-@pytest.mark.parametrize("path", [Path("full"), Path("truncated", last=1), Path("detached", stride=2)])
-def test_the_forward_run_and_its_price(path: Path) -> None:
+PATHS = [GradientPath("full"), GradientPath("truncated", last=1), GradientPath("detached", stride=2)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_forward_run_and_its_price(path: GradientPath) -> None:
     model = tiny_model()
     problem = Toy(model)
     with Attachment(model.unet, problem.function.sites) as attachment:
@@ -251,9 +255,9 @@ def test_two_processes_do_the_work_of_one(tmp_path: File) -> None:
 
 def test_bad_options_are_refused() -> None:
     with pytest.raises(UserError, match="one of full"):
-        Path("half")
+        GradientPath("half")
     with pytest.raises(UserError, match="at least 1"):
-        Path("truncated", last=0)
+        GradientPath("truncated", last=0)
     with pytest.raises(UserError, match="at least 1"):
         GradientOptions(batch=0)
     with pytest.raises(UserError, match=r"at least gradient\.devices=2"):
@@ -262,7 +266,7 @@ def test_bad_options_are_refused() -> None:
 
 def test_a_batch_is_cut_by_pictures() -> None:
     batch = Batch(torch.zeros(3, 3, 1, 1), reference=torch.arange(3.0), hidden=[["a"], [], ["b"]])
-    part = select(batch, slice(1, 3))
+    part = batch.rows(slice(1, 3))
     assert part.reference is not None
     assert part.reference.tolist() == [1, 2]
     assert part.hidden == [[], ["b"]]

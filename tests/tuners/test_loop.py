@@ -12,7 +12,7 @@ from optuna.storages import InMemoryStorage
 
 from rwopt.errors import UserError
 from rwopt.tuners import SAMPLERS, Candidate, Trial, Tuner
-from rwopt.tuners.loop import Outcome, Report, Together, _go_on, ended, work
+from rwopt.tuners.loop import Batched, Outcome, Report, _go_on, ended, work
 from rwopt.tuners.optuna import OptunaTuner
 from rwopt.tuners.spsa import SpsaTuner
 
@@ -83,7 +83,7 @@ def test_several_at_once_are_the_trials_of_one_by_one(reopen: Open, tmp_path: Pa
         return [good(candidate, _go_on) for candidate in candidates]
 
     told: list[Trial] = []
-    assert work(reopen(), 8, good, told.append, together=Together(size, score)) == 8
+    assert work(reopen(), 8, good, told.append, batched=Batched(size, score)) == 8
     most = 2 if isinstance(reopen(), SpsaTuner) else min(size, 8)
     assert max(sizes) == most
     assert [t.candidate.number for t in told] == list(range(8))

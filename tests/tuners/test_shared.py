@@ -20,12 +20,12 @@ from optuna.trial import TrialState
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
+from rwopt.schedule.weights import WeightFunction
 from rwopt.tuners import Candidate
 from rwopt.tuners.leases import RETRIES, Ledger, gone, new_lease, process_start
 from rwopt.tuners.loop import Outcome, Report, work
 from rwopt.tuners.optuna import OptunaTuner
 from rwopt.tuners.storage import open_storage
-from rwopt.weights import WeightFunction
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STUDY = "run/learned"

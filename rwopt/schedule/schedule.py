@@ -1,0 +1,267 @@
+"""The schedule: a table of weights over noise levels and sites, and its file.
+
+The noise axis is the VE-equivalent sigma, `sqrt((1 - abar) / abar)`, because every tool knows it, whatever
+the sampler, the number of steps or the start of an edit. Values between two knots are interpolated in ln
+sigma; outside the knots the nearest one holds. A schedule whose weights are all 1 is the plain model,
+exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rwopt.errors import UserError
+from rwopt.files import write_text
+from rwopt.schedule.noise import Array, edm_noise, noise_table, timestep_of
+
+FORMAT = "rwopt.schedule"
+VERSION = "1.0"
+INTERPOLATIONS = ("linear", "nearest", "previous")
+MODES = ("residual", "output")
+CFG_BRANCHES = ("both", "cond", "uncond")
+
+_KNOT_TOLERANCE = 1e-3  # in ln sigma, a third of one training timestep: files made by hand round their sigmas
+
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Weights [K, S]: K noise levels x S sites. Raises UserError naming the field, the value and the remedy.
+
+    sites: S ids as in `rwopt.list_sites`, each once.
+    sigmas: [K] VE sigma, finite, > 0, strictly descending.
+    weights: [K, S], finite; 1 is the plain model.
+    mode: residual, `x + w f(x)`, or output, `w (x + f(x))`.
+    interp: linear, nearest, or previous (hold the last knot that sampling has passed), in ln sigma.
+    model, calibrated, provenance: notes on the origin; noise: the training noise, see `rwopt.schedule.noise`.
+    extra: the file's own `x-...` entries, kept.
+    cfg_branch: the rows of guidance that it holds for, both, cond or uncond.
+    """
+
+    sites: tuple[str, ...]
+    sigmas: Array
+    weights: Array
+    mode: str = "residual"
+    interp: str = "linear"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    cfg_branch: str = "both"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "sigmas", _frozen(self.sigmas, "grid.sigma"))
+        object.__setattr__(self, "weights", _frozen(self.weights, "weights"))
+        if self.mode not in MODES:
+            raise UserError(f"op.mode is {self.mode!r}: choose from {', '.join(MODES)}")
+        if self.cfg_branch not in CFG_BRANCHES:
+            raise UserError(f"op.cfg_branch is {self.cfg_branch!r}: choose from {', '.join(CFG_BRANCHES)}")
+        if self.interp not in INTERPOLATIONS:
+            raise UserError(f"grid.interp is {self.interp!r}: choose from {', '.join(INTERPOLATIONS)}")
+        if not self.sites:
+            raise UserError("sites is empty: name at least one site")
+        for index, site in enumerate(self.sites):
+            if site in self.sites[:index]:
+                raise UserError(f"sites[{index}] repeats {site!r}: name each site once")
+        if self.sigmas.ndim != 1 or not len(self.sigmas):
+            raise UserError(f"grid.sigma has shape {list(self.sigmas.shape)}: give a list of noise levels")
+        for index, sigma in enumerate(self.sigmas):
+            if not (np.isfinite(sigma) and sigma > 0):
+                raise UserError(f"grid.sigma[{index}] is {sigma:g}: give finite noise levels above 0")
+            if index and sigma >= self.sigmas[index - 1]:
+                above = self.sigmas[index - 1]
+                raise UserError(f"grid.sigma[{index}] is {sigma:g} after {above:g}: give strictly descending values")
+        expected = (len(self.sigmas), len(self.sites))
+        if self.weights.shape != expected:
+            shape = list(self.weights.shape)
+            raise UserError(f"weights has shape {shape}: give {list(expected)}, a row per sigma, a column per site")
+        for k, s in np.argwhere(~np.isfinite(self.weights))[:1]:
+            raise UserError(f"weights[{k}][{s}] is {self.weights[k, s]:g}: give finite numbers (1 changes nothing)")
+
+    @classmethod
+    def constant(cls, sites: Sequence[str], sigmas: ArrayLike, value: float = 1.0, **fields: Any) -> Schedule:
+        """The same weight everywhere; 1 is the plain model."""
+        grid = np.asarray(sigmas, dtype=np.float64)
+        return cls(tuple(sites), grid, np.full((grid.size, len(sites)), float(value)), **fields)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every weight is 1, so that nothing changes."""
+        return bool((self.weights == 1).all())
+
+    def at(self, sigma: float | Array) -> Array:
+        """Weights at VE sigma (>= 0, infinity allowed): [S] for a number, [..., S] for an array."""
+        value = np.asarray(sigma, dtype=np.float64)
+        if np.isnan(value).any():
+            raise UserError("sigma is NaN: look the schedule up at a noise level of 0 or more")
+        # Position on the ascending axis -ln sigma, with the ends held.
+        x = -np.log(np.clip(value, self.sigmas[-1], self.sigmas[0]))
+        knots = -np.log(self.sigmas)
+        if self.interp == "nearest":
+            rows = np.abs(x[..., None] - knots).argmin(axis=-1)
+            return np.asarray(self.weights[rows])
+        slack = _KNOT_TOLERANCE if self.interp == "previous" else 0.0
+        left = np.clip(np.searchsorted(knots, x + slack, side="right") - 1, 0, len(knots) - 1)
+        if self.interp == "previous":
+            return self.weights[left]
+        right = np.minimum(left + 1, len(knots) - 1)
+        gap = np.where(right > left, knots[right] - knots[left], 1.0)
+        share = np.clip((x - knots[left]) / gap, 0.0, 1.0)[..., None]
+        # a + share (b - a), not a mean of a and b: it returns equal neighbours exactly, hence 1 stays 1.
+        result: Array = self.weights[left] + share * (self.weights[right] - self.weights[left])
+        return result
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the schedule does, as saved: op, sites, noise, grid, weights; no notes."""
+        document = self.to_dict()
+        core = {name: document.get(name) for name in ("op", "sites", "noise", "grid", "weights")}
+        return hashlib.sha256(json.dumps(core, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        """Equal as saved: the same digest and the same notes on the origin."""
+        return isinstance(other, Schedule) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content. Weights are rounded to 6 significant digits, finer than half precision."""
+        grid: dict[str, Any] = {"sigma": self.sigmas.tolist()}
+        if "beta_schedule" in self.noise and not edm_noise(self.noise):  # for people who read the file
+            steps = timestep_of(self.sigmas, noise_table(self.noise))
+            grid["train_timestep"] = [round(float(step), 2) for step in steps]
+        grid |= {"interp": self.interp, "extrapolate": "clamp"}
+        return {
+            "$schema": _schema()["$id"],
+            "format": FORMAT,
+            "version": VERSION,
+            "model": dict(self.model),
+            "op": {"mode": self.mode, "cfg_branch": self.cfg_branch},
+            "sites": [{"id": site} for site in self.sites],
+            "noise": {"axis": "sigma", **self.noise},
+            "grid": grid,
+            "weights": [[float(f"{w:.6g}") for w in row] for row in self.weights.tolist()],
+            "calibrated": dict(self.calibrated),
+            "provenance": dict(self.provenance),
+            **self.extra,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Schedule:
+        """The inverse of `to_dict`. Raises UserError for anything that the schema or the class refuses."""
+        _check(document)
+        op, grid = document.get("op", {}), document["grid"]
+        lengths = {len(row) for row in document["weights"]}
+        if len(lengths) > 1:
+            raise UserError(f"weights has rows of {sorted(lengths)} numbers: give {len(document['sites'])} in each")
+        noise = {name: value for name, value in document.get("noise", {}).items() if name != "axis"}
+        return cls(
+            sites=tuple(site["id"] for site in document["sites"]),
+            sigmas=np.asarray(grid["sigma"], dtype=np.float64),
+            weights=np.asarray(document["weights"], dtype=np.float64),
+            mode=op.get("mode", "residual"),
+            interp=grid.get("interp", "linear"),
+            model=document.get("model", {}),
+            noise=noise,
+            calibrated=document.get("calibrated", {}),
+            provenance=document.get("provenance", {}),
+            extra={name: value for name, value in document.items() if name.startswith("x-")},
+            cfg_branch=op.get("cfg_branch", "both"),
+        )
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the JSON file. Raises UserError if a note in it is not plain JSON."""
+        document = self.to_dict()
+        try:
+            text = json.dumps(document, indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: a note is not plain JSON ({error}): use text, numbers, lists") from None
+        try:
+            _check(json.loads(text))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        # A row of numbers on one line, so that a diff shows noise levels. (No JSON string holds a raw line
+        # break.)
+        text = re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda row: f"[{' '.join(row[1].split())}]", text)
+        return write_text(path, text + "\n")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Schedule:
+        """Read a file. Raises UserError that names the file, the field, the value and the remedy."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): give a schedule file") from None
+        except ValueError as error:
+            raise UserError(f"{path}: is not JSON ({error}): give a file that rwopt wrote") from None
+        try:
+            return cls.from_dict(document)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def _frozen(values: ArrayLike, name: str) -> Array:
+    """An own float64 copy that cannot be written to."""
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is not a regular table of numbers: give rows of equal length") from None
+    array.flags.writeable = False
+    return array
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    text = (files("rwopt.schedule") / "schema" / "schedule-1.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def _check(document: Any) -> None:
+    """Raise UserError unless `document` fits the schema."""
+    from jsonschema import Draft202012Validator  # slow to import, and looking a schedule up does not need it
+    from jsonschema.exceptions import best_match
+
+    if not isinstance(document, Mapping) or document.get("format") != FORMAT:
+        value = document.get("format") if isinstance(document, Mapping) else document
+        raise UserError(f"format is {_brief(value)}, not {FORMAT!r}: give a schedule file")
+    version = document.get("version")
+    if not isinstance(version, str) or version.split(".")[0] != VERSION.split(".")[0]:
+        raise UserError(f"version is {_brief(version)}: this rwopt reads 1.x, update it or write the file again")
+    error = best_match(Draft202012Validator(_schema()).iter_errors(document))
+    if error is None:
+        return
+    where = error.json_path.removeprefix("$").lstrip(".")
+    subject = where or "the file"
+    if error.validator == "required":
+        absent = [name for name in error.validator_value if name not in error.instance]
+        raise UserError(f"{subject} lacks {absent[0]!r}: add it (schema: rwopt/schedule/schema/schedule-1.json)")
+    if error.validator == "additionalProperties":
+        known = error.schema["properties"]
+        unknown = [name for name in error.instance if name not in known and not name.startswith("x-")]
+        raise UserError(f"{subject} has the unknown entry {unknown[0]!r}: remove it or name it 'x-{unknown[0]}'")
+    expected = error.schema.get("description", f"what the schema asks for ({_one_line(error.message)})")
+    raise UserError(f"{subject} is {_brief(error.instance)}: give {expected}")
+
+
+def _brief(value: Any) -> str:
+    return _one_line(repr(value))
+
+
+def _one_line(text: str, limit: int = 120) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

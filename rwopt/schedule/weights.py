@@ -1,0 +1,130 @@
+"""The weight function: theta -> table of log-gains on a small basis.
+
+`log w[k, s] = sum over groups g containing s of theta[k, g]`: K hat functions on ln sigma times G groups of sites.
+`theta = 0` is the plain model. Few knots and groups give the 8 to 30 numbers that black-box search can handle; one
+group a site and one knot a step is the full table. In between, of low rank R: `theta = (a, b)` and the log-gains of
+groups are `(e + a) b`, a [K, R], b [R, G], where e [K, R] holds the first R cosines over knots (constant, slope, ...):
+at theta = 0 the groups can move at once, each by a wave, which a product that starts from zeros could not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rwopt.errors import UserError
+from rwopt.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class WeightFunction:
+    """Log-gains on `knots` x `groups`.
+
+    sites: ids in execution order, S of them; sigmas: the knots, [K], positive, descending; groups: {name: site
+    indices} (`rwopt.unet.sites.group_sites` makes the usual ones). `theta` is a flat vector of K * G numbers, knot by
+    knot from the noisiest, or with a rank R > 0 of R (K + G); its coefficient names are `names`. Raises `UserError`
+    for knots that are no descending noise levels and for a rank above K or G.
+    """
+
+    sites: Sequence[str]
+    sigmas: np.ndarray
+    groups: Mapping[str, Sequence[int]]
+    mode: str = "residual"
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        knots = np.asarray(self.sigmas, dtype=float)
+        object.__setattr__(self, "sigmas", knots)
+        sound = knots.ndim == 1 and len(knots) and np.isfinite(knots).all()  # NaN passes every comparison below
+        if not sound or (knots <= 0).any() or (np.diff(knots) >= 0).any():
+            raise UserError(f"knots={knots.tolist()} must be positive noise levels in descending order")
+        most = min(len(self.sigmas), len(self.groups))
+        if not 0 <= self.rank <= most:
+            raise UserError(
+                f"weights.rank={self.rank} is outside 0 (full) .. {most}: "
+                f"{len(self.sigmas)} knots, {len(self.groups)} groups"
+            )
+
+    @property
+    def dimension(self) -> int:
+        knots, groups = len(self.sigmas), len(self.groups)
+        return self.rank * (knots + groups) if self.rank else knots * groups
+
+    @property
+    def names(self) -> list[str]:
+        """Coefficient names, "k0/up.cross" and so on ("k0/wave0", "wave0/up.cross"), in the order of theta."""
+        if self.rank:
+            waves = [f"wave{r}" for r in range(self.rank)]
+            knots = [f"k{k}/{wave}" for k in range(len(self.sigmas)) for wave in waves]
+            return knots + [f"{wave}/{g}" for wave in waves for g in self.groups]
+        return [f"k{k}/{g}" for k in range(len(self.sigmas)) for g in self.groups]
+
+    @property
+    def membership(self) -> np.ndarray:
+        """0/1 matrix [G, S]: which sites a group moves."""
+        out = np.zeros((len(self.groups), len(self.sites)))
+        for g, members in enumerate(self.groups.values()):
+            out[g, list(members)] = 1
+        return out
+
+    @property
+    def waves(self) -> np.ndarray:
+        """e [K, R]: cosines over knots."""
+        k, r = np.arange(len(self.sigmas))[:, None] + 0.5, np.arange(self.rank)
+        return np.asarray(np.cos(np.pi * k * r / len(self.sigmas)))
+
+    def table(self, theta: Any) -> Any:
+        """Weights [..., K, S] of theta [..., d]; NumPy in, NumPy out; torch in, torch out (differentiable)."""
+        if theta.shape[-1] != self.dimension:
+            raise UserError(f"theta has {theta.shape[-1]} numbers, this weight function takes {self.dimension}")
+        numpy = isinstance(theta, np.ndarray)
+        like = np.asarray if numpy else theta.new_tensor
+        lead, knots, cut = theta.shape[:-1], len(self.sigmas), len(self.sigmas) * self.rank
+        if self.rank:
+            knot = like(self.waves) + theta[..., :cut].reshape((*lead, knots, self.rank))
+            gains = knot @ theta[..., cut:].reshape((*lead, self.rank, len(self.groups)))
+        else:
+            gains = theta.reshape((*lead, knots, len(self.groups)))
+        gains = gains @ like(self.membership)
+        return np.exp(gains) if numpy else gains.exp()
+
+    def fit(self, schedule: Schedule, floor: float = 0.05) -> np.ndarray:
+        """Theta [d] whose table is nearest to `schedule` in mean squared log-gain (weights are cut at `floor`).
+
+        Sites that the schedule does not name count as 1. Groups must not overlap for this to be the mean over members.
+        Of low rank: nearest among the log-gains of groups.
+        """
+        column = {s: i for i, s in enumerate(schedule.sites)}
+        values = schedule.at(self.sigmas)
+        logs = np.zeros((len(self.sigmas), len(self.sites)))
+        for j, site in enumerate(self.sites):
+            if site in column:
+                logs[:, j] = np.log(np.maximum(values[:, column[site]], floor))
+        solution, *_ = np.linalg.lstsq(self.membership.T, logs.T, rcond=None)
+        return self._factors(solution.T) if self.rank else np.asarray(solution.T.reshape(-1))
+
+    def _factors(self, gains: np.ndarray) -> np.ndarray:
+        """(a, b) of the nearest log-gains of this rank; of the ways to write them one with small a."""
+        left, sizes, right = np.linalg.svd(gains, full_matrices=False)
+        if sizes[0] < 1e-12:
+            return np.zeros(self.dimension)
+        turn = left[:, : self.rank].T @ self.waves
+        if np.linalg.cond(turn) > 1e3:
+            turn = np.eye(self.rank)
+        b = np.linalg.solve(turn, sizes[: self.rank, None] * right[: self.rank])
+        return np.concatenate([(left[:, : self.rank] @ turn - self.waves).ravel(), b.ravel()])
+
+    def schedule(self, theta: np.ndarray, **about: Any) -> Schedule:
+        """The table of `theta` as a `Schedule`; `about` is its model, noise, calibrated, provenance."""
+        return Schedule(tuple(self.sites), self.sigmas, self.table(np.asarray(theta, dtype=float)), self.mode, **about)
+
+
+def hat(sigmas: np.ndarray, sigma: float) -> np.ndarray:
+    """Values [K] at `sigma` of the hat functions on ln sigma with knots `sigmas` [K] (descending), constant outside."""
+    x, knots = np.log(sigma), np.log(sigmas)[::-1]
+    unit = np.eye(len(sigmas))
+    return np.array([np.interp(x, knots, row[::-1]) for row in unit])

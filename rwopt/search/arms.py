@@ -1,0 +1,104 @@
+"""Arms: what a comparison compares, each a way of making pictures.
+
+`ARMS` says as data how each is made and what finding it may cost; a recipe chooses among them (`arms: [...]`). All
+arms of budget `full` get the same number of evaluations, so that only their boxes differ. `Arm` is one that was
+found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rwopt.config import TunerSettings
+from rwopt.errors import UserError, one_of
+from rwopt.files import write_text
+from rwopt.schedule import Schedule
+from rwopt.tasks import Dials
+
+BUDGETS = ("none", "control", "full")
+LEARNED = "learned"
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """One way of making pictures.
+
+    published: its schedule is the closed form of that name in `rwopt.search.baselines.PUBLISHED`; learned: it is
+    learned, with a knot for each noise level or, if `constant`, one for all; neither: there is none. budget: what
+    tuning may spend beyond the dials that all start from (`evaluations`).
+    """
+
+    name: str
+    note: str
+    budget: str = "full"
+    published: str = ""
+    learned: bool = False
+    constant: bool = False
+
+    def evaluations(self, tuner: TunerSettings) -> int:
+        """Candidates that may be scored on train cases: none, a control's, or those of weights and their dials."""
+        full = tuner.trials + 2 * tuner.dial_trials
+        return {"none": 0, "control": tuner.control_trials, "full": full}[self.budget]
+
+
+ARMS = {
+    spec.name: spec
+    for spec in (
+        ArmSpec("plain", "no schedule, the recipe's own dials", "none"),
+        ArmSpec("best guidance", "no schedule, tuned dials"),
+        ArmSpec("analytic", "published voted schedule, tuned dials", published="voted"),
+        ArmSpec("gradient norm", "published closed form from gradient norms, tuned dials", "control", "gradient norm"),
+        ArmSpec("uniform mean", "one weight: the analytic schedule's mean", "control", "uniform mean"),
+        ArmSpec("reversed", "the analytic schedule mirrored at each step", "control", "reversed"),
+        ArmSpec("permuted sites", "the analytic schedule, blocks exchanged", "control", "permuted sites"),
+        ArmSpec("permuted steps", "the analytic schedule, steps exchanged", "control", "permuted steps"),
+        ArmSpec("constant", "learned weights that do not change with noise", learned=True, constant=True),
+        ArmSpec(LEARNED, "learned weights over noise and sites", learned=True),
+    )
+}
+
+
+def chosen(names: Sequence[str]) -> list[ArmSpec]:
+    """The arms that a recipe names, all for none. Raises `UserError` for an unknown one, a repeat, no `learned`."""
+    for i, name in enumerate(names):
+        one_of(tuple(ARMS), "arms", name)
+        if name in names[:i]:
+            raise UserError(f"arms={list(names)}: names {name} twice: give each once")
+    if names and LEARNED not in names:
+        raise UserError(f"arms={list(names)}: lacks {LEARNED}, which the schedule file is made of: add it")
+    return [ARMS[name] for name in names or ARMS]
+
+
+@dataclass
+class Arm:
+    """An arm that was found, and how. Scores are means of the objective over the split's cases."""
+
+    name: str
+    dials: Dials
+    schedule: Schedule | None = None
+    train: float | None = None
+    validation: float | None = None
+    evaluations: int = 0  # candidates scored on train cases to find it, with those of the arms it started from
+    calls: int = 0  # U-Net calls (batches of pictures) spent likewise
+    values: dict[str, float] = field(default_factory=dict)  # the chosen point of the box
+    history: list[tuple[str, float]] = field(default_factory=list)  # (origin, score) of each trial
+    note: str = ""
+    choice: dict[str, Any] = field(default_factory=dict)  # rule, front, limits: see `rwopt.search.evaluator`
+
+    def save(self, path: Path) -> None:
+        data = {**asdict(self), "dials": self.dials.to_dict(), "schedule": None}
+        if self.schedule is not None:
+            data["schedule"] = self.schedule.to_dict()
+        write_text(path, json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Arm:
+        data = json.loads(path.read_text())
+        data["dials"] = Dials(**data["dials"])
+        data["schedule"] = None if data["schedule"] is None else Schedule.from_dict(data["schedule"])
+        data["history"] = [(origin, value) for origin, value in data["history"]]
+        return cls(**data)

@@ -1,0 +1,159 @@
+"""What a finished search leaves behind: the schedule file's notes, the report, its pictures, records of the run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rwopt.probes import Importance
+from rwopt.report import (
+    Report,
+    image_grid,
+    importance_heatmap,
+    schedule_heatmap,
+    search_history,
+    write_html,
+)
+from rwopt.results import ArmMeans
+from rwopt.schedule import Schedule, noise_block
+from rwopt.search.arms import LEARNED, Arm
+from rwopt.search.evaluation import compare
+from rwopt.search.experiment import Experiment
+from rwopt.search.identity import version, versions
+from rwopt.search.space import dial_box
+from rwopt.search.tuning import ArmTuner
+from rwopt.search.verdict import report_metrics, verdict
+from rwopt.tracking import FanOut
+
+SHOWN = ("plain", "best guidance", "analytic", LEARNED)
+"""The arms whose pictures stand side by side."""
+
+
+def describe(experiment: Experiment, arm: Arm, command: str) -> Schedule:
+    """The arm's schedule with everything that another machine must know."""
+    assert arm.schedule is not None
+    settings, model = experiment.settings, experiment.model
+    task, edit = settings.task, settings.task.name == "editing"
+    references = experiment.splits.task("train").references
+    assert references is not None
+    return replace(
+        arm.schedule,
+        model=model.card(),
+        noise=noise_block(model.scheduler),
+        calibrated={
+            "task": task.name,
+            **({"method": task.method} if edit else {}),
+            "num_inference_steps": task.steps,
+            "scheduler": {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "eta": 0.0},
+            "guidance_scale": arm.dials.guidance,
+            **({"strength": arm.dials.strength} if edit else {}),
+            "resolution": [int(n) for n in references.shape[-2:]],
+        },
+        provenance={
+            "rwopt": version("rwopt"),
+            "command": command,
+            "objective": dict(settings.objective.terms),
+            "seed": settings.tuner.seed,
+            "evaluations": arm.evaluations,
+            "calls": arm.calls,
+            "validation": arm.validation,
+            **({"choice": arm.choice} if arm.choice else {}),
+        },
+    )
+
+
+def picture_grid(experiment: Experiment, arms: Mapping[str, Arm], path: Path, rows: int = 8) -> None:
+    """Cases of the test split: source, what of plain, best guidance, analytic, learned there is, truth."""
+    settings, splits = experiment.settings, experiment.splits
+    edit = settings.task.name == "editing"
+    cases = splits.cases("test")
+    chosen = cases[:: max(1, len(cases) // rows)]
+    if edit:  # one of each kind of edit first
+        first = {c.kind: c for c in reversed(cases)}
+        chosen = [*first.values(), *(c for c in chosen if c not in first.values())]
+    chosen = chosen[:rows]
+    task = splits.prepare(chosen)
+
+    def pictures(images: torch.Tensor) -> list[np.ndarray]:
+        first = images[:: settings.task.draws]
+        return list((first * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+    columns: dict[str, list[np.ndarray]] = {}
+    if edit and task.references is not None:
+        columns["source"] = pictures(task.references)
+    for name in SHOWN:
+        if name in arms:
+            columns[name] = pictures(task.images(arms[name].dials, arms[name].schedule))
+    truth = task.describe(torch.zeros(len(task), 3, 1, 1)).truth
+    if truth is not None:
+        columns["truth"] = pictures(truth)
+    captions = [", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in c.change.items()) or c.caption for c in chosen]
+    image_grid(columns, path, captions)
+
+
+class Publisher:
+    """Reports the arms of one run into its folder."""
+
+    def __init__(self, experiment: Experiment, tuner: ArmTuner, folder: Path) -> None:
+        self.experiment, self.tuner, self.folder = experiment, tuner, folder
+        self.settings = experiment.settings
+
+    def report(self, arms: Sequence[Arm], command: str) -> Report:
+        """The one look at the test cases."""
+        settings = self.settings
+        words = [word.removeprefix("recipe=") for word in shlex.split(command) if word.startswith("recipe=")]
+        recipe = Path(words[-1]).stem if words else "own"
+        columns = report_metrics(settings)
+        names = list(settings.objective.report)
+        scores = {arm.name: self.tuner.test(arm, names) for arm in arms}
+        pairs = [(LEARNED, other) for other in scores if other != LEARNED]
+        if {"constant", "best guidance"} <= scores.keys():
+            pairs.append(("constant", "best guidance"))
+        paired = [
+            compare([scores[a]], [scores[b]], m.name, (a, b), m.optimised, "test", m.higher_is_better)
+            for a, b in pairs
+            for m in columns
+        ]
+        return Report(
+            title=f"rwopt search: {recipe}",
+            recipe=recipe,
+            task=settings.task.name,
+            metrics=columns,
+            arms=[ArmMeans(a.name, scores[a.name].means(), a.calls, f"{a.note}; {self._dials(a)}") for a in arms],
+            paired=paired,
+            split="test",
+            cases=settings.task.test,
+            settings=asdict(settings),
+            versions=versions(),
+            command=command,
+            verdict=verdict(paired),
+        )
+
+    def _dials(self, arm: Arm) -> str:
+        names = [p.name for p in dial_box(self.settings.task.name, self.settings.dials)]
+        return ", ".join(f"{n} {arm.dials.to_dict()[n]:g}" for n in names)
+
+    def publish(
+        self, report: Report, arms: Sequence[Arm], schedule: Schedule, importance: Importance, tracker: FanOut
+    ) -> None:
+        """Pictures, the page, and what trackers keep."""
+        folder = self.folder
+        schedule_heatmap(schedule, folder / "schedule.png")
+        importance_heatmap(importance, folder / "probe.png")
+        weights = self.tuner.kept(f"{LEARNED} weights")
+        assert weights is not None  # the learned arm was made of it
+        history = weights.history
+        marks = {origin: i for i, (origin, _) in enumerate(history) if origin in ("plain", "probe")}
+        search_history([value for _, value in history], folder / "history.png", starts=marks)
+        if not (folder / "grid.png").exists():
+            picture_grid(self.experiment, {a.name: a for a in arms}, folder / "grid.png")
+        write_html(report, folder)
+        for name in ("schedule", "probe", "history", "grid"):
+            tracker.image(name, folder / f"{name}.png")
+        tracker.artifact(folder / "schedule.json", "schedule", "schedule", dict(schedule.calibrated))
+        tracker.summary({f"{row.name}/{k}": v for row in report.arms for k, v in row.means.items()})

@@ -1,0 +1,88 @@
+"""The search space: the box of numbers that a tuner sees, and how a point of it is decoded to dials and a schedule.
+
+A decoder goes as plain JSON with a shared study, so that a worker on another machine makes the same pictures of the
+same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rwopt.config import DialSettings
+from rwopt.schedule import Schedule
+from rwopt.schedule.weights import WeightFunction
+from rwopt.tasks import Dials
+from rwopt.tuners import Parameter
+
+Point = Mapping[str, float]
+
+
+def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
+    """The box of guidance scale and, for an edit, strength (on a grid of 0.05, so that inversions are shared)."""
+    low, high = dials.guidance_bounds
+    box = [Parameter("guidance", low, high, step=0.25)]
+    if task == "editing":
+        low, high = dials.strength_bounds
+        box.append(Parameter("strength", low, high, step=0.05))
+    return box
+
+
+def near(parameter: Parameter, centre: float, share: float = 0.25) -> Parameter:
+    """The part of a dial's range within `share` of its width around `centre`.
+
+    Over the whole range, most candidates lose by their dials alone.
+    """
+    reach = share * (parameter.high - parameter.low)
+    return replace(parameter, low=parameter.clip(centre - reach), high=parameter.clip(centre + reach))
+
+
+def theta_box(names: Sequence[str], starts: Sequence[np.ndarray], radius: float) -> list[Parameter]:
+    """The box of a weight function's numbers: each from the lowest start - `radius` to the highest + `radius`."""
+    span = np.array(starts)
+    lows, highs = span.min(0).tolist(), span.max(0).tolist()
+    return [Parameter(n, low - radius, high + radius) for n, low, high in zip(names, lows, highs, strict=True)]
+
+
+def dials_of(point: Point, base: Dials) -> Dials:
+    """The point's dials; those that it does not name are `base`'s."""
+    return Dials(point.get("guidance", base.guidance), point.get("strength", base.strength))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """`base`: dials that a point leaves out. `function`: its theta is in the point; else `schedule` (None: plain)."""
+
+    base: Dials
+    function: WeightFunction | None = None
+    schedule: Schedule | None = None
+
+    def __call__(self, point: Point) -> tuple[Dials, Schedule | None]:
+        dials = dials_of(point, self.base)
+        if self.function is None:
+            return dials, self.schedule
+        return dials, self.function.schedule(np.array([point[n] for n in self.function.names]))
+
+    def to_dict(self) -> dict[str, Any]:
+        f, schedule = self.function, self.schedule
+        return {
+            "base": self.base.to_dict(),
+            "function": None if f is None else {
+                "sites": list(f.sites), "sigmas": f.sigmas.tolist(), "groups": f.groups, "mode": f.mode,
+                "rank": f.rank,
+            },
+            # all digits of the weights: a schedule file has fewer
+            "schedule": None if schedule is None else {**schedule.to_dict(), "weights": schedule.weights.tolist()},
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Decoder:
+        function, schedule = data["function"], data["schedule"]
+        return cls(
+            Dials(**data["base"]),
+            None if function is None else WeightFunction(**function),
+            None if schedule is None else Schedule.from_dict(schedule),
+        )

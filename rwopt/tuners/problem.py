@@ -1,0 +1,37 @@
+"""What a gradient climbs: the objective of a task's pictures as a function of a weight function's numbers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rwopt.models import Model
+from rwopt.objectives.composite import Composite
+from rwopt.sampling.backprop import Reward
+from rwopt.sampling.denoise import Condition
+from rwopt.schedule.weights import WeightFunction
+from rwopt.tasks import Dials, Task
+from rwopt.tasks.reward import task_reward
+from rwopt.unet.attachment import Attachment
+
+
+class Problem:
+    """What is to be raised: the objective of a task's pictures at fixed dials, as a function of the weights.
+
+    Noise is the task's own, one for each case: the same candidate gives the same reward.
+    """
+
+    def __init__(self, function: WeightFunction, task: Task, objective: Composite, dials: Dials) -> None:
+        self.function, self.task, self.objective, self.dials = function, task, objective, dials
+        self.model: Model = task.model
+        self.pictures, self.steps = len(task), task.steps
+        self._rewards: dict[int, Reward] = {}
+
+    def batch(self, attachment: Attachment, rows: slice) -> tuple[Tensor, Condition, list[int], Reward]:
+        """Where sampling starts for some of the pictures, and the reward of their final latents."""
+        if rows.start not in self._rewards:
+            self._rewards[rows.start] = task_reward(self.task, self.objective, rows)
+        return (*self.task.inputs(attachment, self.dials, rows), self._rewards[rows.start])
+
+    def values(self) -> dict[str, float]:
+        """The dials, as values of a candidate."""
+        return self.dials.to_dict()

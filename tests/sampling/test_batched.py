@@ -1,0 +1,99 @@
+"""Several candidates at once: each gets what it gets alone, for fewer U-Net calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rwopt.models import Model
+from rwopt.sampling.batched import sample_batched
+from rwopt.sampling.denoise import condition
+from rwopt.sampling.noise import timesteps
+from rwopt.sampling.sample import Weights, sample
+from rwopt.schedule import Schedule
+from rwopt.tasks import Dials, make_task
+from rwopt.tasks.cases import load_cases
+from rwopt.unet.attachment import Attachment
+from rwopt.unet.sites import list_sites
+
+STEPS = 3
+Candidates = Sequence[tuple[float, Weights | None]]
+
+
+def late(model: Model, factor: float, first: int, columns: int) -> Weights:
+    """Weights that are one until step `first`."""
+    levels = [model.sigma(t) for t in timesteps(model, STEPS)]
+    return lambda sigma: torch.full((columns,), factor if levels.index(sigma) >= first else 1.0)
+
+
+def calls_and_ends(
+    model: Model, attachment: Attachment, candidates: Candidates, batch: int
+) -> tuple[int, list[Tensor]]:
+    x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond, ts = condition(model, ["a woman", "a man with a beard"], 3.0), timesteps(model, STEPS)
+    alone = [
+        sample(model, attachment, x, condition(model, ["a woman", "a man with a beard"], scale), ts, weights)
+        for scale, weights in candidates
+    ]
+    before = model.calls
+    ends = sample_batched(model, attachment, x, cond, ts, candidates, batch)
+    calls = model.calls - before
+    for one, end in zip(alone, ends, strict=True):
+        if batch < 2 * len(x):
+            assert torch.equal(one, end)
+        else:
+            torch.testing.assert_close(one, end, rtol=0, atol=1e-3)
+    return calls, ends
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 64])
+def test_trajectories_part_where_the_candidates_do(avatars: Model, batch: int) -> None:
+    sites = [s.id for s in list_sites(avatars.unet)]
+    n = len(sites)
+    ones = late(avatars, 1.0, 0, n)
+    with Attachment(avatars.unet, sites) as attachment:
+        # the same twice; from step 1; from step 2; another scale (parts behind step 0); another from the start
+        candidates = [(3.0, ones), (3.0, ones), (3.0, late(avatars, 0.8, 1, n)), (3.0, late(avatars, 1.2, 2, n)),
+                      (5.0, ones), (3.0, late(avatars, 0.9, 0, n))]  # fmt: skip
+        calls, ends = calls_and_ends(avatars, attachment, candidates, batch)
+    outputs = [2, 4, 5]  # U-Net outputs of each step; 18 if every candidate went alone
+    assert calls == (sum(outputs) if batch < 4 else STEPS)
+    assert ends[0] is ends[1]
+    assert len({end.double().sum().item() for end in ends}) == 5
+
+
+def test_the_plain_model_and_a_schedule_do_not_mix_rows(avatars: Model) -> None:
+    sites = [s.id for s in list_sites(avatars.unet)]
+    with Attachment(avatars.unet, sites) as attachment:
+        candidates = [(3.0, None), (3.0, late(avatars, 0.7, 1, len(sites))), (4.0, None)]
+        calls, _ = calls_and_ends(avatars, attachment, candidates, 64)
+    assert calls == 2 * STEPS  # what has no weights cannot share a call with what has
+
+
+@pytest.mark.parametrize(("batch", "exact"), [(64, False), (3, True), (2, True)])
+def test_a_tasks_candidates_are_its_images(avatars: Model, batch: int, exact: bool) -> None:
+    """Dials of every kind: another scale, no guidance, another strength; branches, blocks and no schedule."""
+    task = make_task("editing", avatars, load_cases("avatars", "train", "editing", 3), 2, batch=batch)
+    rng = np.random.default_rng(0)
+    branches = [s.id for s in list_sites(avatars.unet, ("self", "cross", "ff"))]
+    table = Schedule(branches, [10.0, 0.1], rng.uniform(0.5, 1.5, (2, len(branches))))
+    other = Schedule(branches, [10.0, 0.1], rng.uniform(0.5, 1.5, (2, len(branches))))
+    blocks = Schedule.constant([s.id for s in list_sites(avatars.unet)], [1.0], 0.9, mode="output")
+    points = [(Dials(g, s), w) for g, s, w in [
+        (3.0, 0.6, table), (4.0, 0.6, table), (3.0, 0.6, other), (1.0, 0.6, table), (3.0, 0.8, table),
+        (3.0, 0.6, blocks), (3.0, 0.6, None),
+    ]]  # fmt: skip
+    before = avatars.calls
+    together = task.candidates(points)
+    calls = avatars.calls - before
+    alone = [task.images(*point) for point in points]
+    assert calls < avatars.calls - before - calls
+    for a, b in zip(together, alone, strict=True):
+        if exact:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
