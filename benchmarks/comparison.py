@@ -3,8 +3,8 @@
 `python benchmarks/editing.py [--quick] [--seeds 5]`, likewise `generation.py`. Seeds repeat the learned search (and
 the constant one, up to three times); dials, probes and fixed schedules are shared, as nothing in them is random but
 the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on. Every number goes to
-`benchmarks/results/<name>.json`, and the table between the markers of `docs/results.md` is made from that file.
-`docs/<name>.png` shows the first seed.
+`benchmarks/results/<name>.json`, and the tables between the markers of `docs/results.md` and README.md are made from
+that file. `docs/<name>.png` shows the first seed.
 """
 
 from __future__ import annotations
@@ -112,9 +112,22 @@ SHOWN = {
 }  # the result file has all
 
 
-def markdown(result: dict[str, Any]) -> str:
+SHORT = ["plain", "best guidance", "analytic", "constant"]  # whom learned meets in README
+
+
+def short(result: dict[str, Any]) -> str:
+    """The differences that README shows, of editing."""
+    shown = ["objective", "judge.objective", "judge.success_accuracy", "truth.psnr"]
+    lines = markdown(result, shown).split("\n\n")
+    head, rule, *rows = lines[1].split("\n")
+    table = [head, rule, *(row for row in rows if row.startswith(tuple(f"| learned − {b} |" for b in SHORT)))]
+    without_wins = [row.rstrip("| ").rpartition(" | ")[0] + " |" for row in table if row != rule]
+    return "\n".join([without_wins[0], "|---" * (1 + len(shown)) + "|", *without_wins[1:], "", lines[2]])
+
+
+def markdown(result: dict[str, Any], shown: Sequence[str] = ()) -> str:
     """Means by arm, then learned minus each arm with intervals, as `docs/results.md` shows them."""
-    shown = SHOWN[result["name"]]
+    shown = list(shown or SHOWN[result["name"]])
 
     def number(metric: str, value: float) -> str:
         return f"{value:.2f}" if metric == "truth.psnr" else f"{value:.3f}"
@@ -179,3 +192,5 @@ def main(recipe: str) -> None:
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:
         into(ROOT.parent / "docs" / "results.md", recipe, markdown(result))
+        if recipe == "editing":
+            into(ROOT.parent / "README.md", "short", short(result))

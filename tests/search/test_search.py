@@ -303,4 +303,4 @@ def test_metrics_that_the_cases_cannot_give_are_refused_before_the_search(
     change = [f"model.name={settings.model.name}", "objective.report.truth.psnr=false"]
     wrong = config.load("generation", [*SETTINGS, *change])
     with pytest.raises(UserError, match=r"truth\.psnr needs truth"):
-        Search(wrong, tmp_path / "run", Silent()).guidance()
+        Search(wrong, tmp_path / "run", Silent()).dials()
