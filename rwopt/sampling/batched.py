@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwopt.models import Model
-from rwopt.sampling.denoise import Condition, guide, predict
+from rwopt.sampling.denoise import Condition, Row, Sided, guide, predict
 from rwopt.sampling.sample import Weights, ddim_step
 from rwopt.unet.attachment import Attachment
 
@@ -25,7 +25,7 @@ class Branch:
 
     latents: Tensor
     members: list[int]
-    weights: Tensor | None = None
+    weights: Row | None = None
 
 
 @torch.no_grad()
@@ -69,13 +69,22 @@ def _call(model: Model, attachment: Attachment, part: Sequence[Branch], cond: Co
     if n == 1:
         return [predict(model, attachment, part[0].latents, t, cond, part[0].weights)]
     negative = None if cond.negative is None else torch.cat([cond.negative] * n)
-    rows = [b.weights.expand(size, -1) for b in part if b.weights is not None]
     out = predict(
         model, attachment, torch.cat([b.latents for b in part]), t, Condition(torch.cat([cond.positive] * n), negative),
-        torch.cat(rows) if rows else None,
+        _stacked([b.weights for b in part if b.weights is not None], size),
     )  # fmt: skip
     pieces = torch.split(out, size)
     return list(pieces) if negative is None else [torch.cat(pair) for pair in zip(pieces[:n], pieces[n:], strict=True)]
+
+
+def _stacked(weights: Sequence[Row], size: int) -> Row | None:
+    """The weights of branches of `size` pictures each as those of one call."""
+    if not weights:
+        return None
+    if not any(isinstance(w, Sided) for w in weights):
+        return torch.cat([w.expand(size, -1) for w in weights if isinstance(w, Tensor)])
+    sides = [w if isinstance(w, Sided) else Sided(w, w) for w in weights]
+    return Sided(*(torch.cat([side.expand(size, -1) for side in pair]) for pair in zip(*sides, strict=True)))
 
 
 def _alike(members: Sequence[int], keys: Iterable[Hashable]) -> list[list[int]]:
@@ -86,8 +95,10 @@ def _alike(members: Sequence[int], keys: Iterable[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _bits(row: Tensor | None) -> bytes | None:
-    return None if row is None else row.detach().cpu().numpy().tobytes()
+def _bits(row: Row | None) -> tuple[bytes, ...] | None:
+    if row is None:
+        return None
+    return tuple(w.detach().cpu().numpy().tobytes() for w in (row if isinstance(row, Sided) else (row,)))
 
 
 def _cut(branches: Sequence[Branch], size: int) -> list[Sequence[Branch]]:

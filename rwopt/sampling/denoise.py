@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,15 +51,35 @@ def condition(model: Model, prompts: list[str], guidance: float | Tensor, negati
     return Condition(positive, model.encode([negative] * len(prompts)), guidance)
 
 
+class Sided(NamedTuple):
+    """Weights of one call that differ between the two sides of guidance, each [S] or [N, S]."""
+
+    negative: Tensor
+    positive: Tensor
+
+    def rows(self, pictures: int, guided: bool) -> Tensor:
+        """Of a call with `pictures` pictures: [2N, S], negative first, or the positive side alone [S] or [N, S]."""
+        if not guided:
+            return self.positive
+        return torch.cat([self.negative.expand(pictures, -1), self.positive.expand(pictures, -1)])
+
+
+Row = Tensor | Sided
+"""The weights of one call."""
+
+
 def predict(
-    model: Model, attachment: Attachment, x: Tensor, t: int, cond: Condition, weights: Tensor | None = None
+    model: Model, attachment: Attachment, x: Tensor, t: int, cond: Condition, weights: Row | None = None
 ) -> Tensor:
     """One U-Net call at timestep `t`: raw output [2N, C, h, w] (negative, positive) if guided, else [N, ...].
 
     Float32, or float64 from a float64 U-Net.
-    `weights`: [S], [N, S] (a picture's row serves both its halves), [2N, S], or None for the plain model.
+    `weights`: [S], [N, S] (a picture's row serves both its halves), [2N, S], `Sided`, or None for the plain model; best
+    on the CPU where they need no gradient (`Attachment`).
     """
     model.calls += 1
+    if isinstance(weights, Sided):
+        weights = weights.rows(len(x), cond.negative is not None)
     text = cond.positive
     if cond.negative is not None:
         x, text = torch.cat([x, x]), torch.cat([cond.negative, cond.positive])

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rwopt.models import Model
-from rwopt.sampling.denoise import Condition, clean_in, guide, noise_in, predict
+from rwopt.sampling.denoise import Condition, Row, clean_in, guide, noise_in, predict
 from rwopt.sampling.noise import add_noise, alpha_bar
 from rwopt.unet.attachment import Attachment
 
-Weights = Callable[[float], Tensor | None]  # sigma -> [S], [N, S] or None (plain)
+Weights = Callable[[float], Row | None]  # sigma -> [S], [N, S], two sides of guidance, or None (plain)
 
 
 class Callback(Protocol):
@@ -59,7 +59,7 @@ def sample(
             t_next = ts[i + 1] if i + 1 < len(ts) else None
             row = None if weights is None else weights(model.sigma(t))
 
-            def step(x: Tensor, row: Tensor | None, t: int = t, t_next: int | None = t_next) -> Tensor:
+            def step(x: Tensor, row: Row | None, t: int = t, t_next: int | None = t_next) -> Tensor:
                 return ddim_step(model, guide(predict(model, attachment, x, t, cond, row), cond), x, t, t_next)
 
             x = checkpoint(step, x, row, use_reentrant=False) if grad else step(x, row)

@@ -19,7 +19,7 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import Batch
 from rwopt.sampling.batched import sample_batched
-from rwopt.sampling.denoise import Condition
+from rwopt.sampling.denoise import Condition, Row, Sided
 from rwopt.sampling.sample import Weights
 from rwopt.schedule import Schedule
 from rwopt.tasks.cases import Case
@@ -95,7 +95,7 @@ class Task(ABC):
             assert hooks is not None
             if schedule is not None and (hooks.sites, hooks.mode) != (schedule.sites, schedule.mode):
                 raise ValueError("the attachment must have the sites and the mode of the schedule")
-            given = [(candidates[i][0].guidance, self._weights(candidates[i][1])) for i in members]
+            given = [(candidates[i][0].guidance, weights_of(candidates[i][1])) for i in members]
             try:
                 for start in range(0, len(self), self.batch):
                     x, cond, ts = self.inputs(hooks, dials, slice(start, start + self.batch))
@@ -107,11 +107,6 @@ class Task(ABC):
                     own.remove()
         return [torch.cat(parts) for parts in out]
 
-    def _weights(self, schedule: Schedule | None) -> Weights | None:
-        if schedule is None:
-            return None
-        return lambda sigma: torch.from_numpy(schedule.at(sigma)).float().to(self.model.device)
-
     def describe(self, images: Tensor) -> Batch:
         """The pictures with what is known of their cases."""
         return Batch(
@@ -122,6 +117,21 @@ class Task(ABC):
             changed=[list(c.change) for c in self.cases],
             hidden=[c.hidden for c in self.cases],
         )
+
+
+def weights_of(schedule: Schedule | None) -> Weights | None:
+    """What a schedule gives the sampler at a noise level, on the sides of guidance that it is for; None: plain."""
+    if schedule is None:
+        return None
+
+    def at(sigma: float) -> Row:
+        w = torch.from_numpy(schedule.at(sigma)).float()
+        if schedule.cfg_branch == "both":
+            return w
+        plain = torch.ones_like(w)
+        return Sided(plain, w) if schedule.cfg_branch == "cond" else Sided(w, plain)
+
+    return at
 
 
 def attach(model: Model, schedule: Schedule | None) -> Attachment:

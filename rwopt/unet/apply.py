@@ -2,58 +2,97 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import copy
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
-from rwopt.schedule.noise import Array, edm_noise, edm_scheduler, edm_sigma, noise_table, sigma_at, sigma_of
 from rwopt.unet.attachment import Attachment, outside_graphs
+from rwopt.unet.call import Plain
 from rwopt.unet.checkpointing import Call
-from rwopt.unet.scope import eager, expand
+from rwopt.unet.lookup import Lookup, same_storage
+from rwopt.unet.scope import eager
 from rwopt.unet.sites import ALL_KINDS, brief, list_sites, short
-
-_PAIRED = {
-    f"{family}{task}Pipeline"
-    for family in ("StableDiffusion", "StableDiffusionXL", "StableDiffusionControlNet", "StableDiffusionXLControlNet")
-    for task in ("", "Img2Img", "Inpaint")
-} | {"AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline", "LatentConsistencyModelPipeline"}
-"""Pipelines whose guided batch is [unconditional, conditional]. InstructPix2Pix, PAG and others have more parts."""
-
-_EDM = {"StableDiffusionLatentUpscalePipeline"}
-"""Pipelines that tell the U-Net 0.25 ln sigma, whatever their sampler counts in."""
-
-_tickets = itertools.count()
-_lookups: WeakValueDictionary[int, _Lookup] = WeakValueDictionary()
-"""How the operator finds a look-up: a graph can hold a number, not an object."""
 
 
 class Handle:
-    """A schedule on a U-Net; `remove()` takes this one off, and so does leaving a `with` block."""
+    """A schedule on a U-Net; `remove()` takes this one off, and so does leaving a `with` block.
+
+    `handle.schedule = other` puts another schedule of the same sites and mode in its place, also on a compiled U-Net,
+    without compiling again. A copy of the pipeline or U-Net has a handle of its own: `apply(copy, None)` takes it off.
+    """
 
     def __init__(
-        self, schedule: Schedule | None = None, attachment: Attachment | None = None, target: Any = None
+        self, attachment: Attachment | None = None, target: Any = None, lookup: Lookup | None = None
     ) -> None:
-        self.schedule = schedule
-        self.attachment = attachment
-        self.target = target
+        self.attachment, self.target, self.lookup = attachment, target, lookup
+        self.resting = False
+        """taken off, but for hooks that a compiled graph holds"""
         self._hook: RemovableHandle | None = None
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """What weighs the calls; None for a handle of nothing."""
+        return None if self.lookup is None else self.lookup.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if self.attachment is None or self.lookup is None or self.resting:
+            raise UserError("this handle holds no schedule: apply one")
+        if not self._fits(schedule):
+            raise UserError(
+                f"handle.schedule takes the same {len(self.attachment.sites)} sites in mode {self.attachment.mode}, "
+                f"not {len(schedule.sites)} in mode {schedule.mode}: apply it instead"
+            )
+        self.lookup.schedule = schedule
+
+    def _fits(self, schedule: Schedule) -> bool:
+        attachment = self.attachment
+        return attachment is not None and (attachment.sites, attachment.mode) == (schedule.sites, schedule.mode)
+
     def remove(self) -> None:
-        """Take the schedule off. May be called again."""
+        """Take the schedule off. May be called again.
+
+        A compiled graph keeps the hooks that it was made with; there they rest, at weights of one, until `apply` puts a
+        schedule of the same sites and mode on.
+        """
+        if self.attachment is None or self.lookup is None or self.resting:
+            return
+        if self.attachment.compiled:
+            self.resting = True
+            self.attachment.rest()
+            return
         if self._hook is not None:
             self._hook.remove()
-            self._hook = None
-        if self.attachment is not None:
-            self.attachment.remove()
+        self.attachment.remove()
+        self._hook = self.attachment = self.lookup = None
+
+    def _taken_over(self, target: Any, schedule: Schedule) -> Handle:
+        """A new handle for the hooks of this one, which rests."""
+        assert self.lookup is not None
+        handle = Handle(self.attachment, target, self.lookup)
+        handle._hook = self._hook
+        self.lookup.target = target
+        self.lookup.schedule = schedule
+        hook = next(h for h in _hooks(self.attachment.unet) if h.handle is self)  # type: ignore[union-attr]
+        hook.handle = handle
+        self._hook = self.attachment = self.lookup = None
+        return handle
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """Of a copied U-Net. It belongs to the copied pipeline, or where the U-Net alone is copied to the copy."""
+        copied = memo[id(self)] = Handle()
+        attachment = copied.attachment = copy.deepcopy(self.attachment, memo)
+        copied._hook, copied.resting = copy.deepcopy(self._hook, memo), self.resting
+        if self.lookup is not None and attachment is not None:
+            whole = id(self.target) in memo  # the pipeline is being copied, or the target is the U-Net itself
+            copied.target = memo[id(self.target)] if whole else attachment.unet
+            copied.lookup = self.lookup.copied(copied.target, whole)
+        return copied
 
     def __enter__(self) -> Handle:
         return self
@@ -62,167 +101,99 @@ class Handle:
         self.remove()
 
 
+class Weigh:
+    """Before a U-Net call, in front of the attachment's own hook: give the call its weights."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle  # how apply(target, None) finds it, without a global registry
+
+    @outside_graphs
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        attachment = self.handle.attachment
+        if attachment is None:
+            return None
+        x: Tensor = args[0] if args else kwargs["sample"]
+        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        call = self._call(module, x, t)
+        return None if call is None else (args, {**kwargs, attachment.key: call})
+
+    @eager
+    def _call(self, module: nn.Module, x: Tensor, t: Any) -> Plain | None:
+        handle = self.handle
+        if handle.lookup is None or handle.resting or not _mine(module, handle.target, t):
+            return None
+        return handle.lookup(x, t)
+
+
 def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
     """Put a schedule (or its file) on a diffusers pipeline or bare U-Net; None takes off all that was put on.
 
     Each U-Net call is weighed by the schedule at the VE sigma of its timestep, so any sampler, number of steps,
     strength and guidance works. The noise table is that of `target.scheduler`, or the schedule's own `noise` for a
-    bare U-Net. Applying twice stacks: the weights multiply. Apply first, compile afterwards. Pipelines that share a
-    U-Net, also in several threads, each see their own schedule; give each its own scheduler.
+    bare U-Net. Applying twice stacks: the weights multiply. Apply first, compile afterwards; on a compiled U-Net a
+    schedule can take the place of another one of the same sites and mode. Pipelines that share a U-Net, also in several
+    threads, each see their own schedule; give each its own scheduler.
 
     Raises UserError if the schedule names sites that the U-Net lacks or was made for another class of U-Net (map it
     with `rwopt.map_schedule`), if no noise table is known, and for weights of one side of guidance on a pipeline whose
     batch layout is not known.
     """
     unet: nn.Module = getattr(target, "unet", target)
+    bare: nn.Module = getattr(unet, "_orig_mod", unet)
     if schedule is None:
-        for handle in _handles(getattr(unet, "_orig_mod", unet)):
+        for handle in _handles(bare):
             handle.remove()
         return Handle()
     if not isinstance(schedule, Schedule):
         schedule = Schedule.load(schedule)
-    kind = getattr(unet, "_orig_mod", unet).__class__.__name__
+    kind = type(bare).__name__
     made_for = schedule.model.get("unet_class", kind)
     if made_for != kind:
         raise UserError(
             f"the schedule was made for a {made_for} ({short(schedule.sites)}), "
             f"this is a {kind} ({brief(list_sites(unet, ALL_KINDS))}): map it with rwopt.map_schedule first"
         )
-    for other in _handles(unet):
+    for handle in _handles(bare):
+        if handle.resting and handle._fits(schedule):
+            return handle._taken_over(target, schedule)
+    for other in _handles(bare):
         shared = getattr(other.target, "scheduler", None)
         if other.target is not target and shared is not None and shared is getattr(target, "scheduler", None):
             raise UserError("two pipelines share this U-Net and one scheduler: give each its own scheduler")
-    lookup = _Lookup(target, schedule)  # lives as long as the hook that holds it
-    attachment = Attachment(unet, schedule.sites, schedule.mode)
-    handle = Handle(schedule, attachment, target)
-    columns = len(schedule.sites)
-
-    @outside_graphs
-    def weigh(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        x: Tensor = args[0] if args else kwargs["sample"]
-        t = args[1] if len(args) > 1 else kwargs["timestep"]
-        if torch.compiler.is_compiling():
-            time = torch.as_tensor(t, device=None if isinstance(t, Tensor) else x.device)
-            weights = torch.ops.rwopt.weights_at(x.detach(), time.detach(), lookup.ticket, columns)
-            return args, {**kwargs, attachment.key: weights}
-        if not _mine(module, target, t):
-            return None
-        return args, {**kwargs, **attachment.carry(lookup(x, t), len(x))}
-
-    # How apply(target, None) finds it, without a global registry.
-    weigh.handle = handle  # type: ignore[attr-defined]
+    lookup = Lookup(target, schedule)
+    handle = Handle(Attachment(unet, schedule.sites, schedule.mode), target, lookup)
     # In front of the attachment's own hook, which takes the weights out of the call again.
-    handle._hook = unet.register_forward_pre_hook(weigh, with_kwargs=True, prepend=True)
+    handle._hook = unet.register_forward_pre_hook(Weigh(handle), with_kwargs=True, prepend=True)
     return handle
 
 
+def _hooks(unet: nn.Module) -> list[Weigh]:
+    return [hook for hook in list(unet._forward_pre_hooks.values()) if isinstance(hook, Weigh)]
+
+
 def _handles(unet: nn.Module) -> list[Handle]:
-    hooks = getattr(unet, "_orig_mod", unet)._forward_pre_hooks.values()
-    return [hook.handle for hook in list(hooks) if isinstance(getattr(hook, "handle", None), Handle)]
+    return [hook.handle for hook in _hooks(unet)]
 
 
-@eager
+def _pipelines(unet: nn.Module) -> dict[int, Any]:
+    """Those that put a schedule on a U-Net, by identity."""
+    handles = [handle for handle in _handles(unet) if not handle.resting]
+    return {id(handle.target): handle.target for handle in handles if hasattr(handle.target, "unet")}
+
+
 def _mine(unet: nn.Module, target: Any, t: Any) -> bool:
     """Whether a U-Net call with timestep `t` is one that `target`'s schedule weighs.
 
     A U-Net does not know who calls it. With schedules of one pipeline there is nothing to tell apart; with several,
     the timestep tells: each is a view into its own scheduler's `timesteps`, and a thread brings its own.
     """
-    pipelines = {id(handle.target): handle.target for handle in _handles(unet) if hasattr(handle.target, "unet")}
-    if not hasattr(target, "unet") or len(pipelines) < 2:
+    pipelines = _pipelines(unet)
+    if len(pipelines) < 2 or not hasattr(target, "unet"):
         return True
-    callers = [key for key, pipe in pipelines.items() if _same_storage(t, getattr(pipe.scheduler, "timesteps", None))]
+    callers = [key for key, pipe in pipelines.items() if same_storage(t, getattr(pipe.scheduler, "timesteps", None))]
     if len(callers) != 1:
         raise UserError(
             f"{len(pipelines)} pipelines put a schedule on this U-Net, and none of them made this call: "
             "call it through a pipeline, or remove the other schedules"
         )
     return callers[0] == id(target)
-
-
-def _same_storage(a: Any, b: Any) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-class _Lookup:
-    """Weights of a U-Net call: float32 [S], or [B, S] if its rows differ."""
-
-    def __init__(self, target: Any, schedule: Schedule) -> None:
-        self.target, self.schedule = target, schedule
-        self._sigma_of = _noise_levels(target, schedule)
-        self._sigma_of(np.zeros(()))  # an error belongs to apply(), not to the first picture
-        if schedule.cfg_branch != "both" and type(target).__name__ not in _PAIRED:
-            raise UserError(
-                f"op.cfg_branch is {schedule.cfg_branch!r}, and the order of guidance in the batch of a "
-                f"{type(target).__name__} is not known: use 'both', or one of {', '.join(sorted(_PAIRED)[:3])} and kin"
-            )
-        self.ticket = next(_tickets)
-        _lookups[self.ticket] = self
-
-    @eager
-    def __call__(self, x: Tensor, t: Any) -> Tensor:
-        times = torch.as_tensor(t).detach().cpu().double().numpy()
-        sigma = self._sigma_of(times if times.size > 1 else times.reshape(()))
-        weights = torch.tensor(self.schedule.at(sigma), dtype=torch.float32, device=x.device)
-        branch, rows = self.schedule.cfg_branch, len(x)
-        if branch == "both":
-            return weights
-        guided = self.target.do_classifier_free_guidance
-        if guided and rows % 2:
-            raise UserError(f"a guided call has {rows} rows: cfg_branch {branch!r} needs [unconditional, conditional]")
-        weights = expand(weights, rows).clone()
-        negative = slice(0, rows // 2 if guided else 0)
-        if branch == "cond":
-            weights[negative] = 1
-        else:
-            weights[negative.stop :] = 1
-        return weights
-
-
-def _noise_levels(target: Any, schedule: Schedule) -> Callable[[Array], Array]:
-    """Gives VE sigma of timesteps; the scheduler is asked for at each call, because schedulers get swapped."""
-    cached: tuple[Any, Any, Callable[[Array], Array]] | None = None
-
-    def sigma(times: Array) -> Array:
-        nonlocal cached
-        scheduler = getattr(target, "scheduler", None)
-        abar = getattr(scheduler, "alphas_cumprod", None)
-        if cached is None or cached[0] is not scheduler or cached[1] is not abar:
-            cached = scheduler, abar, _levels(target, schedule, scheduler, abar)
-        return cached[2](times)
-
-    return sigma
-
-
-def _levels(target: Any, schedule: Schedule, scheduler: Any, abar: Any) -> Callable[[Array], Array]:
-    if type(target).__name__ in _EDM or edm_scheduler(scheduler) or (scheduler is None and edm_noise(schedule.noise)):
-        return edm_sigma
-    if abar is not None:
-        table = sigma_of(torch.as_tensor(abar).detach().cpu().numpy())
-    elif schedule.noise and not edm_noise(schedule.noise):
-        table = noise_table(schedule.noise)
-    else:
-        kind = type(target if scheduler is None else scheduler).__name__
-        raise UserError(f"{kind} has no noise table: give the pipeline, or a schedule with a 'noise' entry")
-    return lambda times: sigma_at(times, table)
-
-
-@torch.library.custom_op("rwopt::weights_at", mutates_args=())
-def _weights_at(x: Tensor, t: Tensor, ticket: int, columns: int) -> Tensor:
-    """The look-up as one node of a graph that holds a whole U-Net call (`unet.compile()`): [B, S]."""
-    return _ask(x, t, ticket, columns)
-
-
-@eager
-def _ask(x: Tensor, t: Tensor, ticket: int, columns: int) -> Tensor:
-    lookup = _lookups.get(ticket)
-    if lookup is None or not _mine(getattr(lookup.target, "unet", lookup.target), lookup.target, t):
-        return torch.ones(len(x), columns, device=x.device)
-    return expand(lookup(x, t), len(x)).clone()
-
-
-@_weights_at.register_fake
-def _(x: Tensor, t: Tensor, ticket: int, columns: int) -> Tensor:
-    return x.new_empty((x.shape[0], columns), dtype=torch.float32)

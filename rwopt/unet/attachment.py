@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from rwopt.errors import UserError
 from rwopt.schedule.schedule import MODES
+from rwopt.unet.call import PLAIN, Plain, call_of
 from rwopt.unet.checkpointing import Call, close_parts, guard_blocks, guard_resnets, position
 from rwopt.unet.follow import Followed
 from rwopt.unet.join import weigh_join
-from rwopt.unet.scope import Scope, column_of, eager
+from rwopt.unet.scope import Scope, eager
 from rwopt.unet.sites import BRANCHES, Site, branch_modules, find_sites, resnets_at, skip_channels
 
 
@@ -25,7 +26,8 @@ class Attachment:
     residual: a site's `y = x + f(x)` becomes `x + w f(x)`; output: it becomes `w (x + f(x))`; what joins the stream,
     such as a skip tensor, is multiplied by w in either. At w = 1 all are bit-identical to the plain model, at w = 0 a
     residual site is skipped exactly. Several attachments on one U-Net stack (their weights multiply). Threads may share
-    one. Hooks rename no parameters, and with no weights in the call they do nothing.
+    one; those that share a compiled U-Net take turns. Hooks rename no parameters, and with no weights in the call they
+    do nothing. A copy of the U-Net has an attachment of its own.
     """
 
     def __init__(self, unet: nn.Module, sites: Sequence[str], mode: str = "residual") -> None:
@@ -52,13 +54,15 @@ class Attachment:
         self.mode = mode
         self.key = f"rwopt_weights_{uuid.uuid4().hex}"  # not id(self): hooks may outlive a dropped attachment
         self._takes_text = position(unet, "encoder_hidden_states") is not None
-        self._scope = Scope(len(found))
-        self._hooks: list[RemovableHandle] = []
+        self._scope = scope = Scope(len(found))
         self._followed: list[Followed] = []
-        self._watch_calls()
+        self._hooks: list[RemovableHandle] = [
+            unet.register_forward_pre_hook(Enter(self.key, scope, self._followed), with_kwargs=True),
+            unet.register_forward_hook(Leave(scope), always_call=True),
+        ]
         # Guards come first and are closed last: a part that is re-run has its weights while its own hooks run.
-        guards = [guard_resnets(module, self._scope) for module in _modules(unet, found, "resnets")]
-        guards += [guard_blocks(module, self.key, self._scope) for module in _modules(unet, found, "blocks")]
+        guards = [guard_resnets(module, scope) for module in _modules(unet, found, "resnets")]
+        guards += [guard_blocks(module, self.key, scope) for module in _modules(unet, found, "blocks")]
         for hooks, _ in guards:
             self._hooks += hooks
         joins: dict[str, list[tuple[str, int]]] = {}
@@ -66,20 +70,21 @@ class Attachment:
             module = unet.get_submodule(site.path)
             if site.kind in BRANCHES:
                 for branch in branch_modules(module, site.kind):
-                    self._weigh(branch, column, None)
-            elif site.kind == "transformer":
-                self._weigh(module, column, _attention_input if mode == "residual" else None)
+                    self._hooks.append(branch.register_forward_hook(Scale(scope, column)))
+            elif site.kind == "transformer" and mode == "residual":
+                self._hooks.append(module.register_forward_hook(Blend(scope, column), with_kwargs=True))
             elif site.kind == "resnet" and mode == "residual":
                 for part in resnets_at(module):
-                    self._followed.append(Followed(part, "conv2", _scaling(self._scope, column)))
-            elif site.kind == "resnet":
-                self._weigh(module, column, None)
+                    self._followed.append(Followed(part, "conv2", Scale(scope, column)))
+            elif site.kind in ("transformer", "resnet"):
+                self._hooks.append(module.register_forward_hook(Scale(scope, column)))
             else:
                 joins.setdefault(site.path, []).append((site.kind, column))
         for path, columns in joins.items():
-            self._weigh_join(unet.get_submodule(path), skip_channels(unet)[path][0], columns)
+            join = Join(scope, skip_channels(unet)[path][0], columns)
+            self._hooks.append(unet.get_submodule(path).register_forward_pre_hook(join, with_kwargs=True))
         for _, parts in guards:
-            self._hooks += close_parts(parts, self._scope)
+            self._hooks += close_parts(parts, scope)
 
     def __call__(
         self,
@@ -91,8 +96,9 @@ class Attachment:
     ) -> Tensor:
         """One U-Net call. x: [B, C, ...]; weights: [S] for all rows, [B, S] for each, None for no change.
 
-        Differentiable with respect to `weights`, which keep their own precision. `kwargs` go to the U-Net.
-        Returns the U-Net's raw output, of the shape of `x` (but for the channels).
+        Differentiable with respect to `weights`, which keep their own precision. Weights [S] that need no gradient are
+        best left on the CPU, whatever device the U-Net is on: they become numbers. `kwargs` go to the U-Net. Returns
+        the U-Net's raw output, of the shape of `x` (but for the channels).
         """
         if weights is not None:
             kwargs |= self.carry(weights, len(x))
@@ -101,7 +107,6 @@ class Attachment:
         output: Tensor = self.unet(x, t, **kwargs, return_dict=True).sample
         return output
 
-    @eager
     def carry(self, weights: Tensor, rows: int) -> dict[str, Tensor]:
         """The keyword argument of a U-Net call that brings `weights` ([S], or [rows, S]) to the hooks."""
         if not self._hooks:
@@ -113,8 +118,18 @@ class Attachment:
             )
         return {self.key: weights}
 
+    @property
+    def compiled(self) -> bool:
+        """Whether a compiled graph holds these hooks: they cannot be taken out of it, only be given ones."""
+        return self._scope.compiled
+
+    def rest(self) -> None:
+        """Give compiled graphs the plain model's weights, until a call brings others."""
+        self._scope.write(PLAIN)
+
     def remove(self) -> None:
         """Take the hooks off. May be called again."""
+        self.rest()
         for hook in self._hooks:
             hook.remove()
         for layer in self._followed:
@@ -128,94 +143,100 @@ class Attachment:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    # The hooks are closures, not bound methods, so that copy.deepcopy(unet) works while they are on.
 
-    def _watch_calls(self) -> None:
-        key, scope, followed = self.key, self._scope, self._followed
-
-        @outside_graphs
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-            weights = kwargs.get(key)
-            for layer in followed:
-                layer.check() if torch.compiler.is_compiling() else layer.follow()
-            if torch.compiler.is_compiling():
-                scope.traced = weights
-            else:
-                scope.enter(weights)
-            return None if weights is None else (args, {name: value for name, value in kwargs.items() if name != key})
-
-        @outside_graphs
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if torch.compiler.is_compiling():
-                scope.traced = None
-                return
-            ignored = scope.ignored and output is not None
-            scope.leave()
-            if ignored:
-                raise UserError("the U-Net was compiled before the weights came and ignores them: attach, then compile")
-
-        self._hooks.append(self.unet.register_forward_pre_hook(enter, with_kwargs=True))
-        self._hooks.append(self.unet.register_forward_hook(leave, always_call=True))
-
-    def _weigh(self, module: nn.Module, column: int, base: Callable[..., Tensor] | None) -> None:
-        """`b + w (y - b)` with b = base(module, x), or `w y` without a base."""
-        scope = self._scope
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            y: Tensor = output if isinstance(output, Tensor) else output[0]
-            weights = scope.read(y)
-            if weights is None:
-                return None
-            if base is None:
-                y = y * column_of(weights, column, y)
-            else:
-                x = args[0] if args else kwargs.get("hidden_states", kwargs.get("input_tensor"))
-                # lerp switches its formula half-way, so it returns b at w = 0 and y at w = 1 themselves; b + w (y - b)
-                # would not. From y to b, as the result takes the memory format of the first: another one would make
-                # later layers round differently.
-                y = torch.lerp(y, base(module, x).to(y.dtype), column_of(1 - weights, column, y))
-            if isinstance(output, Tensor):
-                return y
-            return (y, *output[1:]) if type(output) is tuple else type(output)(sample=y)
-
-        self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    def _weigh_join(self, resnet: nn.Module, stream: int, columns: Sequence[tuple[str, int]]) -> None:
-        scope = self._scope
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-            name = next((name for name in ("input_tensor", "hidden_states") if name in kwargs), "")
-            x: Tensor = args[0] if args else kwargs[name]
-            weights = scope.read(x)
-            if weights is None:
-                return None
-            x = weigh_join(x, stream, weights, columns)
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
-
-        self._hooks.append(resnet.register_forward_pre_hook(hook, with_kwargs=True))
+_at_work = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+"""Not None where `torch.compile` is at work in this thread, but for what is `eager`."""
 
 
-def _scaling(scope: Scope, column: int) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        weights = scope.read(y)
-        return None if weights is None else y * column_of(weights, column, y)
-
-    return hook
+# The hooks are objects, not closures, so that a copy of the U-Net gets copies of them: its own, which can be taken off.
 
 
-def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of the U-Net itself: `torch.compile(unet)` runs it in Python, and `unet.compile()` traces it.
-
-    Without the mark the first would make a graph of its own for each such hook.
-    """
-    marked: Callable[..., Any] = torch._dynamo.decorators.skip(hook)
-    return marked
+def outside_graphs(hook: Any) -> Any:
+    """For a hook of the U-Net itself, which compiled code runs in Python: else it would get a graph of its own."""
+    return torch._dynamo.decorators.skip(hook)
 
 
-def _attention_input(module: nn.Module, x: Tensor) -> Tensor:
-    """What the site gives if its branch gives 0: an `Attention` may divide the sum."""
-    divisor = getattr(module, "rescale_output_factor", 1.0)
-    return x if divisor == 1.0 else x / divisor
+class Enter:
+    """Before a U-Net call: take the weights out of its arguments and open the scope with them."""
+
+    def __init__(self, key: str, scope: Scope, followed: Sequence[Followed]) -> None:
+        self.key, self.scope, self.followed = key, scope, followed
+
+    @outside_graphs
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        weights = kwargs.get(self.key)
+        self._open(weights, args[0] if args else kwargs["sample"])
+        return None if weights is None else (args, {name: value for name, value in kwargs.items() if name != self.key})
+
+    @eager
+    def _open(self, weights: Tensor | Plain | None, x: Tensor) -> None:
+        for layer in self.followed:
+            layer.follow()
+        call = weights if isinstance(weights, Plain) else PLAIN if weights is None else call_of(weights)
+        self.scope.enter(call, x)
+
+
+class Leave:
+    """After it: close the scope."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    @outside_graphs
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        why = self.scope.close(_at_work() is not None)
+        if why and output is not None:  # there is none after an error, which says more
+            raise UserError(why)
+
+
+class Scale:
+    """`w y` of what a module gives."""
+
+    def __init__(self, scope: Scope, column: int) -> None:
+        self.scope, self.column = scope, column
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        y: Tensor = output if isinstance(output, Tensor) else output[0]
+        y_new = self.scope.read(y).scaled(y, self.column)
+        return None if y_new is None else like(output, y_new)
+
+
+class Blend:
+    """`b + w (y - b)` of what a module gives, b being its input."""
+
+    def __init__(self, scope: Scope, column: int) -> None:
+        self.scope, self.column = scope, column
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        y: Tensor = output if isinstance(output, Tensor) else output[0]
+        base: Tensor = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "input_tensor"]
+        divisor = getattr(module, "rescale_output_factor", 1.0)
+        if divisor != 1.0:  # an `Attention` may divide the sum: that is what the site gives if its branch gives 0
+            base = base / divisor
+        y_new = self.scope.read(y).blended(y, base, self.column)
+        return None if y_new is None else like(output, y_new)
+
+
+class Join:
+    """Skip tensors, and FreeU's sites, where they join the stream in front of a resnet."""
+
+    def __init__(self, scope: Scope, stream: int, columns: Sequence[tuple[str, int]]) -> None:
+        self.scope, self.stream, self.columns = scope, stream, columns
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        name = next((name for name in ("input_tensor", "hidden_states") if name in kwargs), "")
+        x: Tensor = args[0] if args else kwargs[name]
+        x_new = weigh_join(x, self.stream, self.scope.read(x), self.columns)
+        if x_new is None:
+            return None
+        return ((x_new, *args[1:]), kwargs) if args else (args, {**kwargs, name: x_new})
+
+
+def like(output: Any, y: Tensor) -> Any:
+    """`y` in the form of a module's output: a tensor, a tuple, or an output class."""
+    if isinstance(output, Tensor):
+        return y
+    return (y, *output[1:]) if type(output) is tuple else type(output)(sample=y)
 
 
 def _modules(unet: nn.Module, sites: Sequence[Site], of: str) -> list[nn.Module]:

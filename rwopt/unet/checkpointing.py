@@ -8,7 +8,7 @@ its start, at the first run and at any later one alike.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rwopt.errors import UserError
+from rwopt.unet.call import Plain
 from rwopt.unet.scope import Scope
 from rwopt.unet.sites import blocks_of
 
@@ -27,7 +28,7 @@ class _Packed(NamedTuple):
     """A `temb` with the weights of its call."""
 
     temb: Tensor | None
-    weights: Tensor | None
+    weights: Plain
 
 
 Hooks = tuple[list[RemovableHandle], list[nn.Module]]
@@ -36,87 +37,122 @@ Hooks = tuple[list[RemovableHandle], list[nn.Module]]
 
 def guard_blocks(transformer: nn.Module, key: str, scope: Scope) -> Hooks:
     """For the branches of the transformer blocks at one place."""
-    carrier = position(transformer, _CARRIER)
-
-    def pack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        if not _checkpoints(module):
-            return None
-        if carrier is None:
-            raise UserError(
-                f"gradient checkpointing inside {type(module).__name__} would lose the weights of its branches: "
-                "checkpoint whole U-Net calls, or weigh sites of kind transformer"
-            )
-        carried = _argument(args, kwargs, carrier, _CARRIER) or {}
-        anchor = args[0] if args else kwargs["hidden_states"]
-        return _replaced(args, kwargs, carrier, _CARRIER, {**carried, key: _Packed(None, scope.read(anchor))})
-
     blocks = [block for block in blocks_of(transformer) if block is not transformer]
     place = position(blocks[0], _CARRIER) if blocks else None
-
-    def unpack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
-        carried = _argument(args, kwargs, place, _CARRIER)
-        if not carried or key not in carried:
-            return None
-        # The attention processors get what is left: an unknown key would make them warn.
-        rest = {name: value for name, value in carried.items() if name != key}
-        return _replaced(args, kwargs, place, _CARRIER, rest), carried[key]
-
+    pack = PackBlocks(scope, key, position(transformer, _CARRIER))
     hooks = [transformer.register_forward_pre_hook(pack, with_kwargs=True)]
-    hooks += [_opened(block, scope, unpack) for block in blocks]
+    hooks += [block.register_forward_pre_hook(UnpackBlock(scope, key, place), with_kwargs=True) for block in blocks]
     return hooks, blocks
 
 
 def guard_resnets(block: nn.Module, scope: Scope) -> Hooks:
     """For the resnets of one down, middle or up block."""
-    place = position(block, "temb")
-
-    def pack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        if not _checkpoints(module):
-            return None
-        temb = _argument(args, kwargs, place, "temb")
-        return _replaced(args, kwargs, place, "temb", _Packed(temb, scope.read(args[0] if args else temb)))
-
-    def unpack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
-        packn = [value for value in (*args, *kwargs.values()) if isinstance(value, _Packed)]
-        if not packn:
-            return None
-        bare = tuple(value.temb if isinstance(value, _Packed) else value for value in args)
-        named = {name: value.temb if isinstance(value, _Packed) else value for name, value in kwargs.items()}
-        return (bare, named), packn[0]
-
-    hooks = [block.register_forward_pre_hook(pack, with_kwargs=True)]
+    hooks = [block.register_forward_pre_hook(PackResnets(scope, position(block, "temb")), with_kwargs=True)]
     # All that a block may hand its temb to: its direct parts.
     named = [(name, part) for name, part in block.named_modules() if not isinstance(part, nn.ModuleList)]
     parts = [part for name, part in named if name and name.count(".") <= 1]
-    hooks += [_opened(part, scope, unpack) for part in parts]
+    hooks += [part.register_forward_pre_hook(UnpackResnet(scope), with_kwargs=True) for part in parts]
     return hooks, parts
 
 
-def _opened(part: nn.Module, scope: Scope, unpack: Callable[..., tuple[Call, Any] | None]) -> RemovableHandle:
+class PackBlocks:
+    """Weights into a transformer's `cross_attention_kwargs`."""
+
+    def __init__(self, scope: Scope, key: str, carrier: int | None) -> None:
+        self.scope, self.key, self.carrier = scope, key, carrier
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if not _checkpoints(module):
+            return None
+        if self.carrier is None:
+            raise UserError(
+                f"gradient checkpointing inside {type(module).__name__} would lose the weights of its branches: "
+                "checkpoint whole U-Net calls, or weigh sites of kind transformer"
+            )
+        self.scope.packed = True
+        carried = _argument(args, kwargs, self.carrier, _CARRIER) or {}
+        anchor = args[0] if args else kwargs["hidden_states"]
+        packed = {**carried, self.key: _Packed(None, self.scope.read(anchor))}
+        return _replaced(args, kwargs, self.carrier, _CARRIER, packed)
+
+
+class PackResnets:
+    """Weights into a block's `temb`."""
+
+    def __init__(self, scope: Scope, place: int | None) -> None:
+        self.scope, self.place = scope, place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if not _checkpoints(module):
+            return None
+        self.scope.packed = True
+        temb = _argument(args, kwargs, self.place, "temb")
+        packed = _Packed(temb, self.scope.read(args[0] if args else temb))
+        return _replaced(args, kwargs, self.place, "temb", packed)
+
+
+class Unpack:
     """Open the scope while a part re-runs; at the first run, inside a call, it is open already."""
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        found = unpack(module, args, kwargs)
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def unpacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, _Packed] | None:
+        """The part's own arguments, and what was packed on top of them; None if nothing was."""
+        raise NotImplementedError
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        found = self.unpacked(args, kwargs) if self.scope.packed else None
         if found is None:
             return None
-        call, packn = found
-        if not scope.open:
-            scope.enter(packn.weights)
-            scope.rerun = module
+        call, packed = found
+        if not self.scope.open:
+            self.scope.begin_rerun(module, packed.weights)
         return call
 
-    return part.register_forward_pre_hook(enter, with_kwargs=True)
+
+class UnpackBlock(Unpack):
+    """Off a transformer block's `cross_attention_kwargs`."""
+
+    def __init__(self, scope: Scope, key: str, place: int | None) -> None:
+        super().__init__(scope)
+        self.key, self.place = key, place
+
+    def unpacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, _Packed] | None:
+        carried = _argument(args, kwargs, self.place, _CARRIER)
+        if not carried or self.key not in carried:
+            return None
+        # The attention processors get what is left: an unknown key would make them warn.
+        rest = {name: value for name, value in carried.items() if name != self.key}
+        return _replaced(args, kwargs, self.place, _CARRIER, rest), carried[self.key]
+
+
+class UnpackResnet(Unpack):
+    """Off a `temb`, wherever the part takes it."""
+
+    def unpacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, _Packed] | None:
+        packed = [value for value in (*args, *kwargs.values()) if isinstance(value, _Packed)]
+        if not packed:
+            return None
+        bare = tuple(value.temb if isinstance(value, _Packed) else value for value in args)
+        named = {name: value.temb if isinstance(value, _Packed) else value for name, value in kwargs.items()}
+        return (bare, named), packed[0]
+
+
+class ClosePart:
+    """End the re-run of a part, after the hooks that weigh it."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.scope.end_rerun(module)
 
 
 def close_parts(parts: Iterable[nn.Module], scope: Scope) -> list[RemovableHandle]:
-    """End the re-run of a part, after the hooks that weigh it."""
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling() and scope.rerun is module:
-            scope.rerun = None
-            scope.leave()
-
-    return [part.register_forward_hook(leave, always_call=True) for part in parts]
+    """To be registered after the sites' own hooks."""
+    return [part.register_forward_hook(ClosePart(scope), always_call=True) for part in parts]
 
 
 def _checkpoints(module: nn.Module) -> bool:

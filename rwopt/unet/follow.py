@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from rwopt.errors import UserError
-from rwopt.unet.scope import eager
-
 
 class Followed:
     """A forward hook on what is `owner.name` at the start of each U-Net call.
@@ -19,25 +16,17 @@ class Followed:
     without the shortcut, and to compute the 1 x 1 shortcut again costs 3 % of a U-Net call.
     """
 
+    _lock = threading.Lock()
+
     def __init__(self, owner: nn.Module, name: str, hook: Callable[..., Any]) -> None:
         self.owner, self.name, self.hook = owner, name, hook
         self.layer: nn.Module = getattr(owner, name)
         self._handle = self.layer.register_forward_hook(hook)
-        self._lock = threading.Lock()
 
-    def check(self) -> None:
-        """While a graph is traced, where hooks cannot be moved: UserError if the layer was replaced.
-
-        It ends the graph and the call goes on without one, or `fullgraph=True` was asked for and shows the line.
-        """
-        if getattr(self.owner, self.name) is not self.layer:
-            raise UserError("layers were replaced (LoRA?) after the schedule was applied: apply it again, then compile")
-
-    @eager
     def follow(self) -> None:
         """Move to the layer that is there now."""
-        layer: nn.Module = getattr(self.owner, self.name)
-        if layer is self.layer:
+        layer = self.owner._modules[self.name]  # an attribute of a module, without the search for it
+        if layer is self.layer or layer is None:
             return
         with self._lock:  # another thread may be as far
             if layer is not self.layer:

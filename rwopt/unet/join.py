@@ -14,27 +14,57 @@ import torch
 from diffusers.utils.torch_utils import fourier_filter
 from torch import Tensor
 
-from rwopt.unet.scope import column_of
+from rwopt.unet.call import PLAIN, Columns, Numbers, Plain
 
 
-def weigh_join(x: Tensor, stream: int, weights: Tensor, columns: Sequence[tuple[str, int]]) -> Tensor:
-    """`x`: the resnet's input [rows, stream + skip, h, w]; `columns`: (kind, column) of each site at this join."""
-    h, s = x[:, :stream], x[:, stream:]
+def weigh_join(x: Tensor, stream: int, call: Plain, columns: Sequence[tuple[str, int]]) -> Tensor | None:
+    """`x`: the resnet's input [rows, stream + skip, h, w]; `columns`: (kind, column) of each site at this join.
+
+    None: nothing changes. Where nothing needs a gradient `x`, which the block has just made of stream and skip, is
+    changed in place: it is not put together twice.
+    """
+    if call is PLAIN or (isinstance(call, Numbers) and all(call.weights[column] == 1 for _, column in columns)):
+        return None
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for kind, column in columns:
+            part = x[:, stream:] if kind in ("skip", "low") else x[:, : stream // 2]
+            if kind in ("skip", "backbone"):
+                part.mul_(_weight(call, column, x))
+            else:
+                part.copy_(_weighed(kind, part, x[:, :stream], _weight(call, column, x)))
+        return x
+    h, s = torch.split(x, [stream, x.shape[1] - stream], 1)
     for kind, column in columns:
-        # In single precision at least: half-precision weights would not be the constants that a person wrote.
-        w = column_of(weights, column, x, torch.promote_types(torch.float32, weights.dtype))
-        if kind == "skip":
-            s = (s * w).to(x.dtype)
-        elif kind == "low":
-            filtered = fourier_filter(s, threshold=1, scale=w)
-            # A filter that does nothing rounds, so at w = 1 the skip itself goes on, with the filter's gradient.
-            same = s + (filtered - filtered.detach()) if filtered.requires_grad else s
-            s = torch.where(w == 1, same, filtered)
+        w = _weight(call, column, x)
+        if kind in ("skip", "low"):
+            s = _weighed(kind, s, h, w)
         else:
-            half = h.shape[1] // 2
-            gain = w if kind == "backbone" else 1 + (w - 1) * _structure(h).to(w.dtype)
-            h = torch.cat([(h[:, :half] * gain).to(x.dtype), h[:, half:]], 1)
+            half = stream // 2
+            h = torch.cat([_weighed(kind, h[:, :half], h, w), h[:, half:]], 1)
     return torch.cat([h, s], 1)
+
+
+def _weight(call: Plain, column: int, x: Tensor) -> Tensor | float:
+    """In single precision at least: half-precision weights would not be the constants that a person wrote."""
+    if isinstance(call, Numbers):
+        return call.weights[column]
+    assert isinstance(call, Columns)
+    return call.column(x, column, dtype=torch.promote_types(torch.float32, call.weights.dtype))
+
+
+def _weighed(kind: str, part: Tensor, stream: Tensor, w: Tensor | float) -> Tensor:
+    """One site's part of the join, of the same format."""
+    if kind in ("skip", "backbone"):
+        return (part * w).to(part.dtype)
+    if kind == "structure":
+        gain = 1 + (w - 1) * _structure(stream)
+        return (part * gain).to(part.dtype)
+    filtered = fourier_filter(part, threshold=1, scale=w)
+    # A filter that does nothing rounds, so at w = 1 the skip itself goes on, with the filter's gradient.
+    same = part + (filtered - filtered.detach()) if filtered.requires_grad else part
+    if isinstance(w, Tensor):
+        return torch.where(w == 1, same, filtered)
+    return same if w == 1 else filtered
 
 
 def _structure(h: Tensor) -> Tensor:

@@ -15,35 +15,22 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.hooks import apply_group_offloading
-from helpers.oracle import oracle_of, recompute
+from helpers.fits import LORA, bare, expected
+from helpers.oracle import oracle_of
 from helpers.pipelines import TASKS, Call, run
-from helpers.samplers import SAMPLERS, close, meant, ramp, sampler
-from helpers.twins import NETS, Twin, ids_of, make, state
+from helpers.samplers import SAMPLERS, close, meant, sampler
+from helpers.twins import NETS, ids_of, make, state
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
-from rwopt.schedule.noise import noise_block
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
-from rwopt.unet.follow import Followed
 from rwopt.unet.neighbours import freeu
-from rwopt.unet.sites import FREEU_KINDS, SITE_KINDS, list_sites
+from rwopt.unet.sites import SITE_KINDS, list_sites
 
-NOISE = noise_block(sampler("ddim"))
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
 """Whether a change comes before the schedule or after it."""
-
-
-def bare(unet: Any, seed: int = 0, kinds: tuple[str, ...] = SITE_KINDS) -> Any:
-    return ramp(ids_of(unet, kinds), seed, noise=NOISE)
-
-
-def expected(twin: Twin, schedule: Schedule, t: int = 500) -> Tensor:
-    """What the U-Net, as it is now, gives under a schedule: the oracle calls its layers, whatever they have become."""
-    weights = dict(zip(schedule.sites, schedule.at(meant(sampler("ddim"), t)).tolist(), strict=True))
-    return recompute(twin.unet, twin.x, t, weights, **twin.args())
 
 
 @pytest.fixture
@@ -119,84 +106,7 @@ def test_pipelines_that_share_a_scheduler_too_are_refused() -> None:
         apply(second, bare(twin.unet, 1))
 
 
-# ------------------------------------------------------------------------------------------------- torch.compile
-
-
-@pytest.mark.parametrize("how", ["torch.compile", "unet.compile"])
-@pytest.mark.parametrize("kinds", [SITE_KINDS, ("transformer", *FREEU_KINDS)])
-@torch.no_grad()
-def test_compiled_is_one_graph_without_recompilation(how: str, kinds: tuple[str, ...]) -> None:
-    twin, counter = make("sd"), CompileCounter()
-    times = torch.arange(990, 0, -20)  # 50 steps
-    schedule = Schedule(**{**vars(bare(twin.unet, kinds=kinds)), "provenance": {}})
-    with apply(twin.unet, schedule):
-        plain = [twin(t) for t in times[::10]]
-        torch._dynamo.reset()
-        unet = twin.unet
-        if how == "torch.compile":
-            unet = torch.compile(unet, backend=counter, fullgraph=True)
-        else:
-            unet.compile(backend=counter, fullgraph=True)
-        actual = [twin(t, unet) for t in times][::10]
-    assert counter.frame_count == 1
-    assert all(torch.equal(a, b) for a, b in zip(actual, plain, strict=True))
-    with pytest.raises(UserError, match="compiled and would ignore"):
-        apply(unet, schedule)
-    torch._dynamo.reset()
-
-
-@torch.no_grad()
-def test_hooks_that_a_compiled_graph_ignores_are_noticed() -> None:
-    twin = make("sd")
-    torch._dynamo.reset()
-    compiled = torch.compile(twin.unet, backend="eager")
-    twin(unet=compiled)
-    with apply(twin.unet, bare(twin.unet)), pytest.raises(UserError, match="attach, then compile"):
-        twin(unet=compiled)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("how", ["torch.compile", "unet.compile"])
-@torch.no_grad()
-def test_lora_between_schedule_and_compile(how: str) -> None:
-    """It wraps layers that are weighed: they are followed to their new place."""
-    twin = make("sd")
-    schedule, unet = bare(twin.unet), twin.unet
-    torch._dynamo.reset()
-    with apply(unet, schedule):
-        unet.add_adapter(peft.LoraConfig(**LORA))
-        if how == "torch.compile":
-            unet = torch.compile(unet, backend="eager", fullgraph=True)
-        else:
-            unet.compile(backend="eager", fullgraph=True)
-        torch.testing.assert_close(twin(unet=unet), expected(twin, schedule), rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
-
-
-def test_a_replaced_layer_is_followed_or_refused() -> None:
-    twin = make("sd")
-    resnet = twin.unet.mid_block.resnets[0]
-    followed = Followed(resnet, "conv2", lambda *_: None)
-    followed.check()
-    old, resnet.conv2 = resnet.conv2, copy.deepcopy(resnet.conv2)
-    with pytest.raises(UserError, match="apply it again, then compile"):  # what a traced call gets
-        followed.check()
-    resnet.conv2._forward_hooks.clear()
-    followed.follow()
-    followed.check()
-    assert (len(old._forward_hooks), len(resnet.conv2._forward_hooks)) == (0, 1)
-    followed.remove()
-    assert not resnet.conv2._forward_hooks
-
-
 # ------------------------------------------------------------------------------------------------- adapters
-
-
-LORA: dict[str, Any] = {
-    "r": 2,
-    "target_modules": ["to_q", "to_v", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "ff.net.2"],
-    "init_lora_weights": False,
-}
 
 
 @ORDERS

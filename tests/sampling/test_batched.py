@@ -97,3 +97,21 @@ def test_a_tasks_candidates_are_its_images(avatars: Model, batch: int, exact: bo
             assert torch.equal(a, b)
         else:
             torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+
+def test_schedules_for_one_side_of_guidance_share_a_call(avatars: Model) -> None:
+    """Candidates for both sides, the conditional and the other one, guided and not, are what they are alone."""
+    task = make_task("generation", avatars, load_cases("avatars", "train", "generation", 3), 2, batch=64)
+    ids = [s.id for s in list_sites(avatars.unet, ("self", "cross", "ff"))]
+    points = [
+        (Dials(guidance, 1.0), Schedule.constant(ids, [10.0], 1.2, cfg_branch=branch))
+        for guidance in (3.0, 1.0)
+        for branch in ("both", "cond", "uncond")
+    ]
+    alone = [task.images(*point) for point in points]
+    for a, b in zip(task.candidates(points), alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+    assert not any(torch.allclose(alone[0], other, atol=1e-3) for other in alone[1:])
+    plain = task.images(Dials(1.0, 1.0))
+    torch.testing.assert_close(alone[5], plain)  # without guidance all rows are conditional
+    torch.testing.assert_close(alone[4], alone[3])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from rwopt.errors import UserError
@@ -18,6 +19,7 @@ from rwopt.models import Model
 from rwopt.schedule import Schedule
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import SPLITS, Case, load_cases, read_picture
+from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
 
@@ -285,3 +287,25 @@ def test_mistakes_are_told_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         make(avatars, cases)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("branch", ["both", "cond", "uncond"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_task_makes_the_stock_pipelines_picture_under_the_same_file(
+    avatars: Model, captions: list[Case], branch: str, guidance: float
+) -> None:
+    ids = [s.id for s in list_sites(avatars.unet, ("self", "cross", "ff"))]
+    schedule = Schedule.constant(ids, [14.0, 0.05], 1.15, cfg_branch=branch)
+    task = make_task("generation", avatars, captions, 3)
+    stock = StableDiffusionPipeline(
+        avatars.vae, avatars.text_encoder, avatars.tokenizer, avatars.unet,
+        DDIMScheduler.from_config(avatars.scheduler.config, timestep_spacing="trailing"), None, None,
+        requires_safety_checker=False,
+    )  # type: ignore[no-untyped-call] # fmt: skip
+    stock.set_progress_bar_config(disable=True)
+    with apply(stock, schedule):
+        expected = stock(
+            [c.caption for c in captions], num_inference_steps=3, guidance_scale=guidance, latents=task.noise.clone(),
+            output_type="pt",
+        ).images  # fmt: skip
+    torch.testing.assert_close(task.images(Dials(guidance, 1.0), schedule), expected, rtol=0, atol=5e-3)
