@@ -25,11 +25,17 @@ from rwopt.unet.sites import GROUPINGS, SITE_KINDS
 
 @dataclass
 class ModelSettings:
-    """name: "avatars" (embedded) or a diffusers folder or hub id; dtype of the U-Net; device."""
+    """name: "avatars" (embedded) or a diffusers folder or hub id; number formats of U-Net and VAE; device.
+
+    checkpointing: on, off, or auto: whether the U-Net keeps no activations while a gradient is made, which takes less
+    memory and more time (auto: on a GPU whose free memory is short).
+    """
 
     name: str = "avatars"
     dtype: str = "auto"
+    vae_dtype: str = "auto"
     device: str = "auto"
+    checkpointing: str = "auto"
 
 
 @dataclass

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_of
+from rwopt.models.formats import FORMATS, auto_vae_format, has_bf16, in_range
+from rwopt.models.memory import LARGE, call_bytes, checkpointed_blocks, feature_map
 
 EMBEDDED = Path(__file__).parent / "avatars"
 
@@ -32,7 +35,9 @@ class Model:
     scheduler: Any
     device: torch.device
     calls: int = 0  # U-Net calls (batched network function evaluations) so far
+    checkpointing: str = "auto"  # the U-Net's own, in the backward pass of a sampler: `rwopt.sampling.backprop`
     _embeddings: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _row_bytes: dict[tuple[Any, ...], float] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,8 +62,14 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text embeddings [N, L, D], as the stock pipeline makes them; repeated prompts are computed once."""
+        """Text embeddings [N, L, D], as the stock pipeline makes them; repeated prompts are computed once.
+
+        On a GPU the text encoder is there for new prompts only, and lies in the computer's own memory otherwise.
+        """
         new = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
+        away = self.device.type == "cuda"
+        if new and away:
+            self.text_encoder.to(self.device)
         for i in range(0, len(new), 64):
             part = new[i : i + 64]
             ids = self.tokenizer(
@@ -69,6 +80,8 @@ class Model:
                 return_tensors="pt",
             ).input_ids.to(self.device)
             self._embeddings.update(zip(part, self.text_encoder(ids).last_hidden_state.float(), strict=True))
+        if new and away:
+            self.text_encoder.to("cpu")
         return torch.stack([self._embeddings[p] for p in prompts])
 
     def latents(self, images: Tensor) -> Tensor:
@@ -79,12 +92,44 @@ class Model:
             return mean * float(self.vae.config.scaling_factor)
 
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
-        """Pictures [N, 3, H, W] in [0, 1], float32; differentiable where gradients are enabled (up to the clamp)."""
-        parts = []
-        for i in range(0, len(latents), batch):
-            z = latents[i : i + batch].to(self.vae.dtype) / self.vae.config.scaling_factor
-            parts.append((self.vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1))
+        """Pictures [N, 3, H, W] in [0, 1], float32; differentiable where gradients are enabled (up to the clamp).
+
+        `batch` at a time. A gradient through a large decoder (a picture's `feature_map` has 4 MiB or more, in half
+        precision as from 128 x 128 in Stable Diffusion's) keeps nothing but the pictures: each is decoded alone, again
+        in the backward pass, and its blocks once more, so that memory does not grow with N. The embedded model's
+        decoder is not large.
+        """
+        if torch.is_grad_enabled() and latents.requires_grad and self._decoder_is_large(latents):
+            parts = [checkpoint(self._picture, z, use_reentrant=False) for z in torch.split(latents, 1)]
+        else:
+            parts = [self._pictures(z) for z in torch.split(latents, batch)]
         return torch.cat(parts)
+
+    def _decoder_is_large(self, latents: Tensor) -> bool:
+        height, width = latents.shape[2:]
+        return feature_map(self.vae.config, height, width, self.vae.dtype.itemsize) >= LARGE
+
+    def _picture(self, latents: Tensor) -> Tensor:
+        with checkpointed_blocks(self.vae):
+            return self._pictures(latents)
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        def network(latents: Tensor) -> Tensor:
+            z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            pictures: Tensor = self.vae.decode(z).sample.float()
+            return pictures
+
+        return (in_range(network, self.vae.dtype, latents) / 2 + 0.5).clamp(0, 1)
+
+    def row_bytes(self, sites: tuple[str, ...], mode: str, x: torch.Size, text: torch.Size) -> float:
+        """Bytes that each row of a U-Net call with weights at `sites`, and of its backward pass, takes; found once.
+
+        x: shape [C, h, w] of a row's input; text: [L, D].
+        """
+        key = (sites, mode, x, text)
+        if key not in self._row_bytes:
+            self._row_bytes[key] = call_bytes(self.unet, sites, mode, (2, *x), (2, *text)) / 2
+        return self._row_bytes[key]
 
     def card(self) -> dict[str, Any]:
         """What a schedule file says about the model: name, class and a digest of the U-Net's configuration."""
@@ -97,11 +142,21 @@ class Model:
         }
 
 
-def load_model(name: str = "avatars", device: str = "auto", dtype: str = "auto") -> Model:
+def load_model(
+    name: str = "avatars",
+    device: str = "auto",
+    dtype: str = "auto",
+    vae_dtype: str = "auto",
+    checkpointing: str = "auto",
+) -> Model:
     """Load a frozen model. `dtype` is the U-Net's: "float32", "bfloat16", "auto" (bfloat16 where the processor has it).
 
-    Raises `UserError` if `name` is neither "avatars" nor a folder or hub id that diffusers can open, and for a device
-    or number format that does not exist.
+    vae_dtype: the same for the VAE, or "auto": float32 on a CPU, beside a float32 U-Net and for a small decoder (it
+    needs little memory); else the U-Net's, unless the VAE's configuration says `force_upcast` (SDXL's overflows in
+    float16): bfloat16 there, or float32 on a GPU that has none.
+    checkpointing: "on", "off" or "auto", see `rwopt.sampling.backprop.unroll`.
+    Raises `UserError` if `name` is neither "avatars" nor a folder or hub id that diffusers can open, and for a device,
+    number format or switch that does not exist.
     """
     place = str(EMBEDDED) if name == "avatars" else name
     if device == "auto":
@@ -110,10 +165,10 @@ def load_model(name: str = "avatars", device: str = "auto", dtype: str = "auto")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"model.device={device} is not to be had on this machine: use cpu or auto") from None
-    if dtype == "auto":
-        dtype = "bfloat16" if _has_bf16(device) else "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"model.dtype={dtype} is not a number format: use float32, bfloat16, float16 or auto")
+    for key, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+        if value not in ("auto", *FORMATS):
+            raise UserError(f"model.{key}={value} is not a number format: use {', '.join(FORMATS)} or auto")
+    one_of(("auto", "on", "off"), "model.checkpointing", checkpointing)
     try:
         pipe = _open(place)
     except (OSError, ValueError) as error:
@@ -121,19 +176,31 @@ def load_model(name: str = "avatars", device: str = "auto", dtype: str = "auto")
         raise UserError(f"model.name={name} cannot be opened ({first}): give a diffusers folder or 'avatars'") from None
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise UserError(f"model.name={name} has scheduler {type(pipe.scheduler).__name__} without alphas_cumprod")
+    bf16 = has_bf16(device)
+    unet_format = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float32")
+    side = pipe.unet.config.sample_size
+    if vae_dtype != "auto":
+        vae_format = getattr(torch, vae_dtype)
+    elif device.startswith("cuda"):
+        vae_format = auto_vae_format(pipe.vae.config, side, unet_format, bf16)
+    else:
+        vae_format = torch.float32
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval().float().to(device)
+        part.requires_grad_(False).eval().float()
+    for part, number in ((pipe.unet, unet_format), (pipe.vae, vae_format)):
+        nn.Module.to(part, number)  # diffusers' own `to` warns of modules to keep in float32: none here
+        part.to(device, memory_format=torch.channels_last)
+    if not device.startswith("cuda"):  # there it waits in the computer's own memory: `Model.encode`
+        pipe.text_encoder.to(device)
     if name == "avatars" and device == "cpu":
         # few heads and 64 tokens: the plain processor beats flash attention here, two- to threefold in backward
         from diffusers.models.attention_processor import AttnProcessor
 
         pipe.unet.set_attn_processor(AttnProcessor())
-    nn.Module.to(pipe.unet, getattr(torch, dtype))  # diffusers' own `to` warns of modules to keep in float32: none here
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
     return Model(
-        name, pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, torch.device(device)
-    )
+        name, pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, torch.device(device),
+        checkpointing=checkpointing,
+    )  # fmt: skip
 
 
 def _open(place: str) -> Any:
@@ -151,12 +218,3 @@ def _open(place: str) -> Any:
         return StableDiffusionPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False)
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def _has_bf16(device: str) -> bool:
-    if device.startswith("cuda"):
-        return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported())
-    if device != "cpu":
-        return False
-    present: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return present and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -30,7 +30,7 @@ def own_dials(schedule: Schedule | None, guidance: float, strength: float) -> Di
 
 def compare_schedules(settings: Settings, schedules: Mapping[str, Schedule], split: str) -> Report:
     """Each schedule at its own calibrated dials, the plain model at the recipe's, on one split, paired to the first."""
-    model = load_model(settings.model.name, settings.model.device, settings.model.dtype)
+    model = load_model(**asdict(settings.model))
     experiment = Experiment(settings, model)
     columns = report_metrics(settings)
     arms = [Arm("plain", experiment.base)]

@@ -29,7 +29,7 @@ def fingerprint(settings: Settings, model: Model) -> str:
     bare = replace(
         settings,
         track=type(settings.track)(),
-        model=replace(settings.model, name="", device="auto"),
+        model=replace(settings.model, name="", device="auto", checkpointing="auto"),
         tuner=replace(settings.tuner, storage="", heartbeat=1, grace=2),
     )
     return hashlib.sha256((to_yaml(bare) + weights_digest(model)).encode()).hexdigest()

@@ -45,7 +45,7 @@ class Search:
         stored = folder / "recipe.yaml"
         if stored.exists() and stored.read_text() != text:
             raise UserError(f"{stored} differs from this recipe: resume without overrides, or use a new folder")
-        model = load_model(settings.model.name, settings.model.device, settings.model.dtype)
+        model = load_model(**asdict(settings.model))
         self.experiment = Experiment(settings, model)
         self.tuner = ArmTuner(self.experiment, folder, progress, fingerprint(settings, model))
         self.probing = Probing(self.experiment, folder)

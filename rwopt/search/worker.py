@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def join(target: str, storage: str | None, read: Read, wait: float, say: Say) ->
         for study, attrs in ready.items():
             if experiment is None:
                 settings = read(attrs["plan"]["recipe"])
-                model = load_model(settings.model.name, settings.model.device, settings.model.dtype)
+                model = load_model(**asdict(settings.model))
                 experiment, mark = Experiment(settings, model), fingerprint(settings, model)
                 sharing = Sharing(settings.tuner.heartbeat, settings.tuner.grace)
                 store = open_storage(url, sharing.heartbeat, sharing.grace)  # as all others of this study have it

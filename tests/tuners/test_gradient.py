@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -15,15 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from helpers.small import make_tiny_unet, weight_function
-from torch import Tensor
+from torch import Tensor, nn
 
+from rwopt import models
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import Batch
+from rwopt.sampling import backprop
 from rwopt.sampling.backprop import GradientPath, Reward, unroll
-from rwopt.sampling.denoise import Condition
+from rwopt.sampling.denoise import Condition, Sided
 from rwopt.sampling.sample import sample
 from rwopt.tuners import Parameter
 from rwopt.tuners.gradient import GradientTuner
@@ -136,8 +139,80 @@ def test_the_forward_run_and_its_price(path: GradientPath) -> None:
     assert path.price(len(ts)) == model.calls + 2 * trained  # what was counted, and the backward pass as two
 
 
-# --- the tuner
+# --- switches that save memory
 
+
+def switched(
+    number: torch.dtype, pictures: int, path: GradientPath, large: bool, switch: str, size: float = 1
+) -> Tensor:
+    """Gradient [K, S] of pictures' mean square times `size`, over `size`; guided, through a decoder."""
+    torch.manual_seed(0)
+    vae: Any = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+    )  # fmt: skip
+    model = tiny_model(number)
+    model.vae, model.checkpointing = nn.Module.to(vae.requires_grad_(False), number), switch
+    g = torch.Generator().manual_seed(0)
+    shapes = ((pictures, 4, 8, 8), (2, pictures, 5, 12))
+    x, text = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
+    if number != torch.float64:
+        x, text = x.float(), text.float()
+    table = TABLE.clone().requires_grad_(True)
+    with Attachment(model.unet, [site.id for site in list_sites(model.unet)]) as attachment:
+        row = {model.sigma(t): k for k, t in enumerate(TS)}
+        cond = Condition(*text, guidance=3.0)
+        end = unroll(model, attachment, x, cond, TS, lambda sigma: table[row[sigma]], path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "LARGE", 0 if large else math.inf)
+            images = model.decode(end)
+        reward = (images - 0.3).square().flatten(1).mean(1).sum() * size
+        gradient = torch.autograd.grad(reward, table)[0] / size
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.unet.modules())
+    return gradient
+
+
+@pytest.mark.parametrize("switch", ["off", "on"])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("path", [*PATHS, GradientPath("detached")])
+def test_the_gradient_is_the_same_with_every_switch(path: GradientPath, large: bool, switch: str) -> None:
+    """Six pictures, more than one crowd. In float32 only batch sizes differ, which round differently."""
+    assert backprop.CROWD < 6
+    for number, pictures, most in ((torch.float64, 6, 1e-12), (torch.float32, 6, 3e-6), (torch.float32, 1, 0)):
+        plain = switched(number, pictures, path, False, "auto")
+        found = switched(number, pictures, path, large, switch)
+        assert float((found - plain).norm()) <= most * float(plain.norm())
+
+
+def test_float16_keeps_small_gradients_through_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small as those of a mean over 512 x 512 pictures are."""
+    exact = switched(torch.float32, 2, GradientPath("full"), True, "on")
+
+    def error() -> float:
+        half = switched(torch.float16, 2, GradientPath("full"), True, "on", size=1e-3)
+        return float((half - exact).norm() / exact.norm())
+
+    assert error() < 0.02
+    monkeypatch.setattr(backprop, "in_range", lambda network, number, *inputs: network(*inputs))
+    assert error() > 0.1
+
+
+def test_sides_of_guidance_and_rows_are_cut_with_their_pictures() -> None:
+    model = tiny_model(torch.float64)
+    g = torch.Generator().manual_seed(0)
+    x, *text = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((6, 4, 8, 8), *[(6, 5, 12)] * 2))
+    cond = Condition(*text, guidance=torch.linspace(1, 6, 6))
+    for row in (TABLE[0], TABLE[:1].repeat(6, 1) * torch.linspace(0.9, 1.1, 6)[:, None], Sided(TABLE[1], TABLE[2])):
+        ends = []
+        for model.checkpointing in ("off", "on"):
+            with Attachment(model.unet, [site.id for site in list_sites(model.unet)]) as attachment:
+                for path in (GradientPath("full"), GradientPath("truncated", last=1)):
+                    ends.append(unroll(model, attachment, x, cond, TS, lambda sigma, row=row: row, path))
+        for end in ends[1:]:
+            torch.testing.assert_close(end, ends[0], rtol=1e-10, atol=1e-10)
+
+
+# --- the tuner
 
 
 Log = Callable[[dict[str, float]], None]
