@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from architectures import SD15, XL
 from comparison import ROOT, into
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets import unet_2d_blocks
@@ -45,16 +46,6 @@ from rwopt.unet.sites import SITE_KINDS, list_sites
 
 NOISE = {"beta_schedule": "scaled_linear"}
 CONSTANTS = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
-SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
-XL: dict[str, Any] = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-}
 PLAN = {"SD1.5": ("SD1.5, 512 x 512", SD15, 64, 24), "SDXL": ("SDXL, 1024 x 1024", XL, 128, 12)}
 PLAIN = "plain again"  # what the clock itself is worth
 Floats = NDArray[np.float64]

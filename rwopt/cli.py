@@ -139,6 +139,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _split_settings(items: Sequence[str]) -> tuple[str, str | None, list[str]]:
     """(recipe, resume folder, other overrides)."""
     recipe, resume, rest = "", None, []
@@ -173,6 +177,10 @@ def _search(args: argparse.Namespace) -> None:
         if not recipe:
             raise UserError("no recipe was given: rwopt search recipe=editing (rwopt recipes lists them)")
         settings = config.load(recipe, overrides)
+        if settings.tuner.storage:  # a relative path means one place, also for who resumes from another folder
+            from rwopt.tuners.storage import absolute_url
+
+            settings.tuner.storage = absolute_url(settings.tuner.storage)
         command = shlex.join(["rwopt", "search", f"recipe={recipe}", *overrides])
         folder = args.out or Path("lightning_logs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if args.print:
@@ -214,9 +222,9 @@ def _worker(args: argparse.Namespace) -> None:
         else:
             overrides.append(item)
     if storage is not None:
-        from rwopt.tuners.storage import check_url
+        from rwopt.tuners.storage import absolute_url
 
-        check_url(storage)
+        storage = absolute_url(storage)
     for item in overrides:
         if not item.startswith("model."):
             raise UserError(f"{item}: a worker has its study's settings, but for model.name, model.device, model.dtype")
@@ -224,10 +232,7 @@ def _worker(args: argparse.Namespace) -> None:
     from rwopt import config
     from rwopt.search.worker import join
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    done = join(args.target, storage, lambda text: config.parse(text, args.target, overrides), args.wait, say)
+    done = join(args.target, storage, lambda text: config.parse(text, args.target, overrides), args.wait, _say)
     print(f"{args.target}: has all its trials; {done} of them from here")
 
 
@@ -310,18 +315,22 @@ def _edit(args: argparse.Namespace) -> None:
 
 
 def _pictures(args: argparse.Namespace, cases: Sequence[Case]) -> None:
+    from rwopt.report.grid import picture_format
     from rwopt.schedule import Schedule
     from rwopt.search.comparison import pictures
 
+    picture_format(args.out)
     schedule = None if args.schedule is None else Schedule.load(args.schedule)
     strength = getattr(args, "strength", None)
-    print(pictures(cases, args.out, schedule, args.model, args.steps, args.guidance, strength))
+    print(pictures(cases, args.out, schedule, args.model, args.steps, args.guidance, strength, _say))
 
 
 def _text(value: object) -> str:
     """Mappings as "key value, key (nested)", numbers without noise."""
     if isinstance(value, Mapping):
         return ", ".join(f"{k} ({_text(v)})" if isinstance(v, Mapping) else f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list) and len(value) > 12:
+        return f"{len(value)} values, {_text(value[0])} to {_text(value[-1])}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -51,7 +51,8 @@ TABLES = [("editing", "comparison", "docs/results.md", "editing"),
           ("generation", "comparison", "docs/results.md", "generation"),
           ("probes", "probes", "docs/probes.md", "probes"), ("snr", "snr", "docs/probes.md", "snr"),
           ("tuners", "tuners", "docs/tuners.md", "tuners"), ("variants", "variants", "docs/tuners.md", "variants"),
-          ("overhead", "overhead", "docs/apply.md", "overhead")]  # fmt: skip
+          ("overhead", "overhead", "docs/apply.md", "overhead"), ("hooks", "hooks", "docs/apply.md", "hooks"),
+          ("memory", "memory", "docs/tuners.md", "memory")]  # fmt: skip
 
 
 def result(name: str) -> dict[str, Any]:

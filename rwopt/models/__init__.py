@@ -56,9 +56,27 @@ class Model:
         return float(((1 - alpha) / alpha) ** 0.5)
 
     @property
+    def factor(self) -> int:
+        """By how much a picture is larger than its latents."""
+        return _factor(self.vae)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        size = self.unet.config.sample_size
-        return (self.unet.config.in_channels, size, size)
+        """Channels, height, width."""
+        return (self.unet.config.in_channels, *latent_size(self.unet, self.vae))
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of what it makes, in pixels."""
+        _, height, width = self.latent_shape
+        return height * self.factor, width * self.factor
+
+    def lost_words(self, prompt: str) -> str:
+        """The end of a prompt that lies beyond the text encoder's window and does nothing; "" if all of it counts."""
+        window = self.tokenizer.model_max_length
+        ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+        lost: str = self.tokenizer.decode(ids[window - 1 : -1]).strip() if len(ids) > window else ""
+        return lost
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
@@ -170,15 +188,22 @@ def load_model(
             raise UserError(f"model.{key}={value} is not a number format: use {', '.join(FORMATS)} or auto")
     one_of(("auto", "on", "off"), "model.checkpointing", checkpointing)
     try:
+        _check_kind(name, place)
         pipe = _open(place)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"model.name={name} cannot be opened ({first}): give a diffusers folder or 'avatars'") from None
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise UserError(f"model.name={name} has scheduler {type(pipe.scheduler).__name__} without alphas_cumprod")
+    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latents:
+        raise UserError(
+            f"model.name={name} has a U-Net of {channels} channels for latents of {latents}: inpainting and other "
+            "models with further inputs are not searched, rwopt.apply takes them"
+        )
     bf16 = has_bf16(device)
     unet_format = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float32")
-    side = pipe.unet.config.sample_size
+    side = max(latent_size(pipe.unet, pipe.vae))
     if vae_dtype != "auto":
         vae_format = getattr(torch, vae_dtype)
     elif device.startswith("cuda"):
@@ -201,6 +226,34 @@ def load_model(
         name, pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, torch.device(device),
         checkpointing=checkpointing,
     )  # fmt: skip
+
+
+def _factor(vae: Any) -> int:
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def latent_size(unet: Any, vae: Any) -> tuple[int, int]:
+    """Height and width of the latents that a U-Net was made for; one that names none has that of its VAE's pictures."""
+    size = unet.config.sample_size
+    if size is None:
+        size = vae.config.sample_size // _factor(vae)
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+_KINDS = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "DiffusionPipeline", None)
+
+
+def _check_kind(name: str, place: str) -> None:
+    """Raise `UserError` unless a folder or hub id holds a pipeline with one text encoder; reads no weights."""
+    from diffusers import DiffusionPipeline
+
+    kind = DiffusionPipeline.load_config(place).get("_class_name")
+    if kind not in _KINDS:
+        raise UserError(
+            f"model.name={name} is a {kind}: search, sample and edit take a StableDiffusionPipeline (1.x, 2.x); "
+            "rwopt.apply takes more"
+        )
 
 
 def _open(place: str) -> Any:

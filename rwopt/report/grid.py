@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwopt import files
+from rwopt.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -30,11 +31,11 @@ def image_grid(
     scale: int = 3,
     emphasis: str = "learned",
 ) -> Path:
-    """Write one PNG with a header for each column and a caption at the left of each row.
+    """Write one picture with a header for each column and a caption at the left of each row.
 
     Args:
         columns: header -> pictures [H, W, 3] uint8, all of one size, one per case; the order is kept.
-        path: the PNG to write.
+        path: the file to write; its ending says the format.
         captions: one per case; long ones are wrapped, and cut where the row ends.
         scale: every pixel is drawn as `scale` x `scale` pixels.
         emphasis: header that is drawn in colour.
@@ -82,8 +83,20 @@ def image_grid(
         for index, line in enumerate(lines):
             draw.text((MARGIN, y + index * LINE), line, INK, font=font)
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    kind = picture_format(path)
+    sheet.save(buffer, kind, **({"optimize": True} if kind == "PNG" else {"quality": 95}))
     return files.write_bytes(path, buffer.getvalue())
+
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """What the ending of a picture file's name says; `UserError` for another one."""
+    ending = Path(path).suffix.lower()
+    if ending not in FORMATS:
+        raise UserError(f"--out {path}: the ending says the format: use one of {', '.join(FORMATS)}")
+    return FORMATS[ending]
 
 
 def _ink(emphasised: bool) -> str:

@@ -24,10 +24,10 @@ from numpy.typing import ArrayLike
 
 from rwopt.errors import UserError
 from rwopt.files import write_text
-from rwopt.schedule.noise import Array, edm_noise, noise_table, timestep_of
+from rwopt.schedule.noise import Array, noise_table, timestep_of
 
 FORMAT = "rwopt.schedule"
-VERSION = "1.0"
+VERSION = "1.1"  # 1.1: noise.train_sigma, noise.timestep "flow"
 INTERPOLATIONS = ("linear", "nearest", "previous")
 MODES = ("residual", "output")
 CFG_BRANCHES = ("both", "cond", "uncond")
@@ -141,7 +141,8 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """The file's content. Weights are rounded to 6 significant digits, finer than half precision."""
         grid: dict[str, Any] = {"sigma": self.sigmas.tolist()}
-        if "beta_schedule" in self.noise and not edm_noise(self.noise):  # for people who read the file
+        indexed = self.noise.get("timestep", "index") == "index"
+        if indexed and {"beta_schedule", "train_sigma"} & self.noise.keys():  # for people who read the file
             steps = timestep_of(self.sigmas, noise_table(self.noise))
             grid["train_timestep"] = [round(float(step), 2) for step in steps]
         grid |= {"interp": self.interp, "extrapolate": "clamp"}

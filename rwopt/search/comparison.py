@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rwopt.search.evaluation import compare
 from rwopt.search.experiment import Experiment
 from rwopt.search.verdict import report_metrics
 from rwopt.tasks import Dials, make_task
-from rwopt.tasks.cases import Case
+from rwopt.tasks.cases import Case, fit_picture
 
 
 def own_dials(schedule: Schedule | None, guidance: float, strength: float) -> Dials:
@@ -61,10 +61,12 @@ def pictures(
     steps: int | None = None,
     guidance: float | None = None,
     strength: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Pictures of the cases, plain and scheduled side by side in one PNG; edits if the cases have source pictures.
+    """Pictures of the cases, plain and scheduled side by side in one file; edits if the cases have source pictures.
 
-    steps, guidance, strength: None for what the schedule was calibrated with.
+    steps, guidance, strength: None for what the schedule was calibrated with. say: takes a line for each thing that was
+    changed on the way: a picture cut to the model's size, the end of a caption that is lost.
     """
     loaded = load_model(model)
     edit = cases[0].source is not None
@@ -73,12 +75,15 @@ def pictures(
     dials = Dials(own.guidance if guidance is None else guidance, given if edit else 1.0)
     made: Mapping[str, Any] = {} if schedule is None else schedule.calibrated
     steps = int(made.get("num_inference_steps", 20)) if steps is None else steps
-    size = loaded.latent_shape[1] * 2 ** (len(loaded.vae.config.block_out_channels) - 1)
     for case in cases:
-        if case.source is not None and case.source.shape[:2] != (size, size):
-            from PIL import Image
-
-            case.source = np.asarray(Image.fromarray(case.source).resize((size, size), Image.Resampling.LANCZOS))
+        if case.source is not None:
+            case.source, done = fit_picture(case.source, loaded.picture_size)
+            if done:
+                say(f"picture {case.id}: {done}")
+    for caption in dict.fromkeys(case.caption for case in cases):
+        if lost := loaded.lost_words(caption):
+            end = lost if len(lost) <= 100 else f"{lost[:100]} ..."
+            say(f"caption: the text window is full, so its end is cut off and does nothing: {end}")
     method = str(made.get("method", "sdedit"))
     task = make_task("editing" if edit else "generation", loaded, cases, steps, method=method, plain=dials)
     columns: dict[str, list[np.ndarray]] = {}

@@ -8,11 +8,15 @@ import hashlib
 import importlib.metadata
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from rwopt.config import Settings, to_yaml
 from rwopt.models import Model
+
+NAME = "name.txt"
+"""In a run folder: what it was called when it was made."""
 
 
 def weights_digest(model: Model, each: int = 64) -> str:
@@ -33,6 +37,12 @@ def fingerprint(settings: Settings, model: Model) -> str:
         tuner=replace(settings.tuner, storage="", heartbeat=1, grace=2),
     )
     return hashlib.sha256((to_yaml(bare) + weights_digest(model)).encode()).hexdigest()
+
+
+def run_name(folder: Path) -> str:
+    """What the studies of a run are filed under in a shared storage: its folder's first name, whatever it is now."""
+    kept = folder / NAME
+    return kept.read_text(encoding="utf-8").strip() if kept.exists() else folder.absolute().name
 
 
 def version(package: str) -> str:

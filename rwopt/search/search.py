@@ -23,7 +23,7 @@ from rwopt.schedule import Schedule
 from rwopt.schedule.weights import WeightFunction
 from rwopt.search.arms import ARMS, LEARNED, Arm, ArmSpec, chosen
 from rwopt.search.experiment import Experiment
-from rwopt.search.identity import fingerprint
+from rwopt.search.identity import NAME, fingerprint, run_name
 from rwopt.search.probing import Probing
 from rwopt.search.publish import Publisher, describe
 from rwopt.search.tuning import ArmTuner
@@ -51,6 +51,7 @@ class Search:
         self.probing = Probing(self.experiment, folder)
         self._check()
         if not stored.exists():
+            write_text(folder / NAME, run_name(folder) + "\n")
             write_text(stored, text)
 
     def _check(self) -> None:

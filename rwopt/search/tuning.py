@@ -21,6 +21,7 @@ from rwopt.schedule.weights import WeightFunction
 from rwopt.search.arms import Arm
 from rwopt.search.evaluation import Scores
 from rwopt.search.experiment import Experiment
+from rwopt.search.identity import run_name
 from rwopt.search.space import Decoder, Point, dial_box, near, theta_box
 from rwopt.tasks import Dials
 from rwopt.tuners import Candidate, Parameter, Trial, Tuner
@@ -200,7 +201,7 @@ class ArmTuner:
         wanted = self.settings.tuner
         storage, name, sharing, about = f"sqlite:///{(self.folder / 'study.db').absolute()}", study, None, {}
         if self.shared:
-            storage, name = wanted.storage, f"{self.folder.absolute().name}/{study}"
+            storage, name = wanted.storage, f"{run_name(self.folder)}/{study}"
             sharing = Sharing(wanted.heartbeat, wanted.grace)
             about = {"recipe": to_yaml(self.settings), "decoder": decode.to_dict()}
         return OptunaTuner(

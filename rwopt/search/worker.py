@@ -17,7 +17,7 @@ from rwopt.config import Settings
 from rwopt.errors import UserError
 from rwopt.models import load_model
 from rwopt.search.experiment import Experiment
-from rwopt.search.identity import fingerprint
+from rwopt.search.identity import fingerprint, run_name
 from rwopt.search.space import Decoder
 from rwopt.tuners import Candidate, Trial
 from rwopt.tuners.loop import Outcome, Report, work
@@ -36,7 +36,7 @@ def resolve(target: str, storage: str | None, read: Read) -> tuple[str, str]:
         wanted = read(recipe.read_text(encoding="utf-8")).tuner
         if not (storage or wanted.storage):
             raise UserError(f"{target} keeps its studies to itself: start the search with tuner.storage=URL")
-        return Path(target).absolute().name, storage or wanted.storage
+        return run_name(Path(target)), storage or wanted.storage
     if storage is None:
         raise UserError(f"{target} is no run folder (it has no recipe.yaml): name one, or a study with storage=URL")
     return target.rstrip("/"), storage

@@ -34,13 +34,33 @@ class Case:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]; `UserError` if it is no picture."""
-    from PIL import Image, UnidentifiedImageError
+    """uint8 [H, W, 3], upright as a viewer shows it (EXIF), transparency on white; `UserError` if it is no picture."""
+    from PIL import Image, ImageOps
 
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, UnidentifiedImageError):
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise UserError(f"picture {path} cannot be read: give a PNG or JPEG file") from None
+
+
+def fit_picture(picture: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """A picture [H, W, 3] cut to its centre and scaled to `size` (height, width); what was done, "" for nothing.
+
+    Nothing is squashed: the largest part of the wanted shape is kept.
+    """
+    from PIL import Image, ImageOps
+
+    height, width = picture.shape[:2]
+    if (height, width) == size:
+        return picture, ""
+    image = ImageOps.fit(Image.fromarray(picture), (size[1], size[0]), Image.Resampling.LANCZOS)
+    cut = "scaled" if height * size[1] == width * size[0] else "cropped to its centre and scaled"
+    return np.asarray(image), f"{width} x {height}, {cut} to {size[1]} x {size[0]}"
 
 
 def load_cases(place: str, split: str, task: str, limit: int | None = None) -> list[Case]:

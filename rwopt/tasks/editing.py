@@ -34,10 +34,9 @@ def to_tensor(pictures: Sequence[np.ndarray | None]) -> Tensor | None:
 
 def _check_size(model: Model, case: str, kind: str, picture: np.ndarray | None) -> None:
     """Raise `UserError` unless the picture has the size that the model makes."""
-    size = model.latent_shape[1] * 2 ** (len(model.vae.config.block_out_channels) - 1)
-    if picture is not None and picture.shape[:2] != (size, size):
-        height, width = picture.shape[:2]
-        raise UserError(f"case {case}: {kind} is {width} x {height}, {model.name} makes {size} x {size}: resize it")
+    if picture is not None and picture.shape[:2] != model.picture_size:
+        (height, width), (high, wide) = picture.shape[:2], model.picture_size
+        raise UserError(f"case {case}: {kind} is {width} x {height}, {model.name} makes {wide} x {high}: resize it")
 
 
 class Editing(Task):

@@ -57,6 +57,18 @@ def check_url(text: str) -> str:
     return text
 
 
+def absolute_url(text: str) -> str:
+    """The same place, whatever the working folder is later: a relative path of SQLite or a journal becomes absolute."""
+    check_url(text)
+    scheme, _, rest = text.partition(":")
+    if scheme == "sqlite" and rest.startswith("///") and rest not in ("///", "///:memory:"):
+        path, query, options = rest[3:].partition("?")
+        return f"sqlite:///{Path(path).absolute()}{query}{options}" if not path.startswith("file:") else text
+    if scheme == "journal" and not rest.startswith("/"):
+        return f"journal:{Path(rest).absolute()}"
+    return text
+
+
 def open_storage(text: str, heartbeat: float = 10, grace: float = 60, lock: int = 30) -> BaseStorage:
     """The storage behind `text`, made if it is a file or an empty database.
 
@@ -122,6 +134,9 @@ def _database(text: str, scheme: str, heartbeat: int, grace: int) -> BaseStorage
         try:
             storage = RDBStorage(text, options, heartbeat_interval=heartbeat, grace_period=grace)
             break
+        except RuntimeError:  # Optuna advises to update Optuna: it takes any table of schema versions for its own
+            remedy = "give Optuna's studies a database of their own"
+            raise UserError(f"tuner.storage={text}: that database holds tables of another tool: {remedy}") from None
         except (ArgumentError, ImportError, ModuleNotFoundError) as error:
             raise UserError(f"tuner.storage={text}: {_line(error)}: correct the URL or install its driver") from None
         except (SQLAlchemyError, StorageInternalError) as error:

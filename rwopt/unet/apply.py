@@ -140,6 +140,8 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
     """
     unet: nn.Module = getattr(target, "unet", target)
     bare: nn.Module = getattr(unet, "_orig_mod", unet)
+    if not isinstance(bare, nn.Module):
+        raise UserError(f"{type(target).__name__} has no U-Net: give a pipeline of Stable Diffusion's kind, or a U-Net")
     if schedule is None:
         for handle in _handles(bare):
             handle.remove()

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
-from rwopt.schedule.noise import Array, edm_noise, edm_scheduler, edm_sigma, noise_table, sigma_at, sigma_of
+from rwopt.schedule.noise import (
+    Array,
+    edm_scheduler,
+    edm_sigma,
+    flow_scheduler,
+    flow_sigma,
+    noise_table,
+    sigma_at,
+    sigma_of,
+)
 from rwopt.unet.call import PLAIN, Columns, Numbers, Plain
 
 _PAIRED = {
@@ -36,12 +45,15 @@ _FEW = 200  # steps of a picture for which tensors are made beforehand
 
 
 class Levels:
-    """VE sigma of timesteps: by a table [T] of the training timesteps, or 0.25 ln sigma where there is none."""
+    """VE sigma of timesteps: by a table [T] of the training timesteps, or a rule where there is none."""
 
-    def __init__(self, table: Array | None) -> None:
-        self.table = table
+    def __init__(self, table: Array | None, flow: int = 0) -> None:
+        """Without a table: `flow` is T of flow matching, or 0 for 0.25 ln sigma."""
+        self.table, self.flow = table, flow
 
     def __call__(self, times: Array) -> Array:
+        if self.flow:
+            return flow_sigma(times, self.flow)
         if self.table is None:
             return edm_sigma(times)
         if times.ndim == 0 and float(times).is_integer() and 0 <= times < len(self.table):  # as most samplers ask
@@ -50,25 +62,41 @@ class Levels:
 
 
 def levels_of(target: Any, schedule: Schedule) -> Levels:
-    """Those of the target's scheduler, or the schedule's own for a bare U-Net. UserError if there are none."""
+    """Those of the target's scheduler, or the schedule's own for a bare U-Net.
+
+    UserError if there are none, or if the scheduler counts in something else than its time steps say: there the file's
+    own noise would be another.
+    """
     scheduler = getattr(target, "scheduler", None)
-    abar = getattr(scheduler, "alphas_cumprod", None)
-    if type(target).__name__ in _EDM or edm_scheduler(scheduler) or (scheduler is None and edm_noise(schedule.noise)):
+    if scheduler is None and not hasattr(target, "unet"):
+        told = schedule.noise.get("timestep", "index")
+        if told == "index" and schedule.noise:
+            return Levels(noise_table(schedule.noise))
+        if told != "index":
+            return Levels(None, int(schedule.noise.get("num_train_timesteps", 1000)) if told == "flow" else 0)
+        raise UserError(
+            f"{type(target).__name__} has no noise table: give the pipeline, or a schedule with a 'noise' entry"
+        )
+    if type(target).__name__ in _EDM or edm_scheduler(scheduler):
         return Levels(None)
-    if abar is not None:
-        return Levels(sigma_of(torch.as_tensor(abar).detach().cpu().numpy()))
-    if schedule.noise and not edm_noise(schedule.noise):
-        return Levels(noise_table(schedule.noise))
-    kind = type(target if scheduler is None else scheduler).__name__
-    raise UserError(f"{kind} has no noise table: give the pipeline, or a schedule with a 'noise' entry")
+    if scheduler is not None and flow_scheduler(scheduler):
+        return Levels(None, int(scheduler.config["num_train_timesteps"]))
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if abar is None:
+        raise UserError(
+            f"{type(scheduler).__name__} has no noise table that its time steps count in: use another sampler "
+            "(DDIM, Euler, DPM++ 2M, UniPC, ...)"
+        )
+    return Levels(sigma_of(torch.as_tensor(abar).detach().cpu().numpy()))
 
 
 class Steps:
     """The time steps of one picture [N], copied to the host once, and what was made of them for S `sites`."""
 
-    def __init__(self, timesteps: Tensor, sites: int) -> None:
+    def __init__(self, timesteps: Tensor, sites: int, times: Array | None = None) -> None:
+        """times: the solver's own [N or more], where what it tells the U-Net is rounded."""
         self.timesteps, self.version = timesteps, _version(timesteps)
-        self.times: Array = timesteps.detach().cpu().double().numpy()
+        self.times: Array = timesteps.detach().cpu().double().numpy() if times is None else times[: len(timesteps)]
         self.calls: dict[tuple[Any, ...], Plain] = {}
         few = len(self.times) if len(self.times) <= _FEW else 0  # a thousand steps are no picture's
         factors = torch.empty(few, sites, dtype=torch.float64)
@@ -172,7 +200,7 @@ class Lookup:
         place = None
         if isinstance(timesteps, Tensor) and timesteps.ndim == 1 and isinstance(t, Tensor):
             if self._steps is None or not self._steps.fits(timesteps):
-                self._steps = Steps(timesteps, len(self._schedule.sites)) if same_storage(t, timesteps) else None
+                self._steps = self._steps_of(timesteps, levels) if same_storage(t, timesteps) else None
             place = None if self._steps is None else self._steps.place(t)
         if place is None or self._steps is None:
             times = torch.as_tensor(t).detach().cpu().double().numpy()
@@ -182,6 +210,13 @@ class Lookup:
         if key not in calls:
             calls[key] = self._made(levels, self._steps.times[place], side, x, place)
         return calls[key]
+
+    def _steps_of(self, timesteps: Tensor, levels: Levels) -> Steps:
+        sigmas = getattr(self.target.scheduler, "sigmas", None) if levels.flow else None
+        times = None
+        if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):  # s itself: what the U-Net is told is rounded
+            times = sigmas.detach().cpu().double().numpy() * levels.flow
+        return Steps(timesteps, len(self._schedule.sites), times)
 
     def _made(self, levels: Levels, times: Array, side: str, x: Tensor, place: int | None) -> Plain:
         """The call at one time, which is that of step `place`, or at one for each row."""

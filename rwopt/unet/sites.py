@@ -85,6 +85,10 @@ def list_sites(unet: nn.Module, kinds: Sequence[str] = ("transformer",)) -> list
             raise UserError(f"site kind {kind!r} is unknown: choose from {', '.join(ALL_KINDS)}")
     if not hasattr(unet, "up_blocks"):
         raise UserError(f"{type(unet).__name__} has no up blocks, so it is no U-Net: give the U-Net itself")
+    blocks: list[Any] = [*unet.down_blocks, *unet.up_blocks]  # type: ignore[misc]
+    blocks += [unet.mid_block] if getattr(unet, "mid_block", None) is not None else []
+    if not all(hasattr(block, "resnets") for block in blocks):
+        raise UserError(f"{type(unet).__name__} is not built of U-Net blocks as they are known here: it has no sites")
     found: list[tuple[tuple[int, int, int, bool], str, Any]] = []
     for path, module in unet.named_modules():
         match = _PLACE.fullmatch(path)

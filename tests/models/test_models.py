@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from helpers.tiny import save_tiny_pipeline
 
 from rwopt import models
 from rwopt.errors import UserError
 from rwopt.models import EMBEDDED, Model, load_model
 from rwopt.models.judge import Judge
 from rwopt.schedule.noise import noise_block, noise_table
+from rwopt.tasks import Dials, make_task
+from rwopt.tasks.cases import Case
 from rwopt.unet.attachment import Attachment
 
 PROMPTS = ["portrait, tan skin, long red hair, glasses", "", "portrait, beard"]
@@ -123,6 +128,58 @@ def test_stock_diffusers_loads_and_samples_the_embedded_model_with_no_argument(a
     with torch.no_grad():
         text, _ = pipe.encode_prompt(PROMPTS, torch.device("cpu"), 1, False)
     torch.testing.assert_close(text, avatars.encode(PROMPTS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("StableDiffusionXLPipeline", "is a StableDiffusionXLPipeline: search, sample and edit take"),
+        ("FluxPipeline", "is a FluxPipeline"),
+        ("StableDiffusionControlNetPipeline", "is a StableDiffusionControlNetPipeline"),
+    ],
+)
+def test_pipelines_of_another_kind_are_named_before_their_weights_are_read(
+    tmp_path: Path, kind: str, said: str
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "unet": ["diffusers", "Unknown"]}))
+    with pytest.raises(UserError, match=said) as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "latents"), [([8, 12], (8, 12)), (None, (8, 8)), (8, (8, 8))])
+def test_sizes_in_every_form(tmp_path: Path, size: Any, latents: tuple[int, int]) -> None:
+    place = save_tiny_pipeline(tmp_path)
+    config = json.loads((place / "unet" / "config.json").read_text())
+    (place / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": size}))
+    model = load_model(str(place), "cpu", "float32")
+    assert model.latent_shape == (4, *latents)
+    assert model.picture_size == tuple(8 * n for n in latents)
+    pictures = make_task("generation", model, [Case("a", "portrait")], 2).images(Dials())
+    assert pictures.shape == (1, 3, *model.picture_size)
+
+
+def test_a_unet_with_further_inputs_is_named(tmp_path: Path) -> None:
+    place = save_tiny_pipeline(tmp_path)
+    UNet2DConditionModel(
+        sample_size=8, in_channels=9, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=16, attention_head_dim=2,
+    ).save_pretrained(place / "unet")  # fmt: skip
+    with pytest.raises(UserError, match=r"a U-Net of 9 channels for latents of 4: inpainting") as caught:
+        load_model(str(place), "cpu", "float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_end_of_a_prompt_that_does_nothing(avatars: Model) -> None:
+    short = "portrait, pale skin, long red hair, mint background"
+    assert avatars.lost_words(short) == ""
+    long = "portrait, " * 15 + short
+    lost = avatars.lost_words(long)
+    assert lost.replace(" ", "").endswith("mintbackground")
+    assert torch.equal(avatars.encode([long]), avatars.encode(["portrait, " * 15 + "portrait"]))
+    kept = avatars.tokenizer(long, truncation=True, max_length=avatars.tokenizer.model_max_length).input_ids
+    assert len(kept) == avatars.tokenizer.model_max_length
 
 
 # --- the judges' network

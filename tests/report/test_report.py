@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from rwopt.errors import UserError
 from rwopt.report import (
     Picture,
     Report,
@@ -378,3 +379,20 @@ def test_importing_the_report_is_light() -> None:
         "assert not {'torch', 'matplotlib', 'PIL', 'jinja2', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+ENDINGS = [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP")]
+
+
+@pytest.mark.parametrize(("name", "kind"), ENDINGS)
+def test_the_ending_says_the_format(tmp_path: Path, name: str, kind: str) -> None:
+    picture = np.full((8, 8, 3), 120, np.uint8)
+    image_grid({"plain": [picture]}, tmp_path / name, ["a"])
+    assert Image.open(tmp_path / name).format == kind
+
+
+@pytest.mark.parametrize("name", ["a", "a.gif", "a.png.txt"])
+def test_another_ending_is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="the ending says the format"):
+        image_grid({"plain": [np.zeros((8, 8, 3), np.uint8)]}, tmp_path / name, ["a"])
+    assert not list(tmp_path.iterdir())

@@ -141,3 +141,16 @@ def test_a_search_of_several_objectives_or_that_gives_up_early(
     assert choice["kept"]
     assert len(choice["front"][0]) == len(choice["plain"]) == 2
     assert search.tuner.kept("learned").choice == choice  # type: ignore[union-attr]
+
+
+def test_a_run_knows_its_studies_whatever_its_folder_is_called(model: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    wanted = config.load("editing", [*SETTINGS, f"model.name={model}", "tuner.name=optuna", f"tuner.storage={url}"])
+    dials = Search(wanted, tmp_path / "old", Silent()).dials()
+    (tmp_path / "old" / "arms" / "dials.json").unlink()  # as if it had been killed just before
+    (tmp_path / "old").rename(tmp_path / "new")
+    progress = Silent()
+    again = Search(wanted, tmp_path / "new", progress).dials()
+    assert (again.dials, again.history) == (dials.dials, dials.history)
+    assert optuna.study.get_all_study_names(url) == ["old/guidance"]
+    assert worker.resolve(str(tmp_path / "new"), None, lambda text: config.parse(text, "recipe")) == ("old", url)

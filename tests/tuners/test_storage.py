@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import socket
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,7 @@ from helpers.workers import STARTS, objective, open_tuner
 
 from rwopt.errors import UserError
 from rwopt.tuners.leases import has_heartbeat
-from rwopt.tuners.storage import check_url, open_storage
+from rwopt.tuners.storage import absolute_url, check_url, open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -150,3 +151,46 @@ def test_the_dashboard_opens_the_study(tmp_path: Path) -> None:
     assert [t["state"] for t in trials] == ["Complete", "Waiting"]
     assert trials[0]["values"] == [objective(candidate.values)]
     assert {a["key"] for a in trials[0]["user_attrs"]} >= {"origin", "calls", "lease"}
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("sqlite:///a.db", "sqlite:///{here}/a.db"),
+        ("sqlite:///b/a.db?timeout=3", "sqlite:///{here}/b/a.db?timeout=3"),
+        ("journal:a.log", "journal:{here}/a.log"),
+        ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
+        ("journal:/tmp/a.log", "journal:/tmp/a.log"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql://u@h/d", "postgresql://u@h/d"),
+        ("grpc://h:1", "grpc://h:1"),
+    ],
+)
+def test_a_relative_place_is_one_place(text: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = absolute_url(text)
+    assert url == meant.format(here=tmp_path)
+    monkeypatch.chdir("/")
+    assert absolute_url(url) == url
+
+
+@pytest.mark.parametrize("kind", ["another tool's", "no database", "a folder"])
+def test_a_file_that_holds_no_studies_is_one_line(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "no database":
+        path.write_text("This is a text, and a rather long one, so that SQLite takes it for a damaged database. " * 9)
+    else:
+        with sqlite3.connect(path) as connection:
+            connection.executescript(
+                "create table alembic_version (version_num varchar(32) not null primary key);"
+                "insert into alembic_version values ('bf29a5ff90ea');"
+            )
+    before = path.read_bytes() if path.is_file() else b""
+    with pytest.raises(UserError, match=r"^tuner\.storage=sqlite") as caught:
+        open_storage(f"sqlite:///{path}")
+    assert "\n" not in str(caught.value)
+    assert ("another tool" in str(caught.value)) == (kind == "another tool's")
+    if kind == "no database":
+        assert path.read_bytes() == before

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from helpers import pipelines, samplers
 from helpers.oracle import recompute
 from helpers.samplers import SD
-from helpers.small import hooks_of, inputs
+from helpers.small import hooks_of, inputs, make_tiny_unet
 from helpers.twins import ids_of
 from torch import Tensor, nn
 
@@ -184,3 +186,59 @@ def test_bad_targets_are_refused_and_nothing_stays(tiny_unet: UNet2DConditionMod
     with pytest.raises(UserError, match=r"none.json: cannot be read"):
         apply(tiny_unet, "none.json")
     assert not hooks_of(tiny_unet)
+
+
+# ----------------------------------------------------------------- samplers and pipelines that count in something else
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DPMSolverMultistepScheduler(**SD, **FLOW),
+        diffusers.UniPCMultistepScheduler(**SD, **FLOW),
+        diffusers.UniPCMultistepScheduler(**SD, **FLOW, flow_shift=3.0),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_flow_samplers_are_looked_up_at_their_own_level(tiny_unet: UNet2DConditionModel, scheduler: Any) -> None:
+    """x = (1 - s) x0 + s noise is the picture at VE sigma s / (1 - s), scaled."""
+    pipe = SimpleNamespace(unet=tiny_unet, scheduler=scheduler)
+    x, _, text = inputs()
+    spy = samplers.ramp(ids_of(tiny_unet))
+    with apply(pipe, spy):
+        scheduler.set_timesteps(5)
+        for t in scheduler.timesteps:
+            tiny_unet(x, t, text)
+    s = scheduler.sigmas[:5].double().clamp(max=1 - 1e-4).numpy()
+    np.testing.assert_allclose(spy.seen, s / (1 - s), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["IPNDMScheduler", "CMStochasticIterativeScheduler", "KarrasVeScheduler"])
+def test_samplers_without_training_timesteps_are_refused_whatever_the_file_says(
+    tiny_unet: UNet2DConditionModel, kind: str
+) -> None:
+    pipe = SimpleNamespace(unet=tiny_unet, scheduler=getattr(diffusers, kind)())
+    with pytest.raises(UserError, match=f"{kind} has no noise table") as caught:
+        apply(pipe, ramp(tiny_unet, noise=SD))
+    assert "\n" not in str(caught.value)
+    assert not hooks_of(tiny_unet)
+
+
+def test_pipelines_without_such_a_unet_are_refused_in_one_line() -> None:
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (8, 16)}
+    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "transformer_layers_per_block": (1, 1)}
+    unet = make_tiny_unet(**blocks, layers_per_block=2)
+    xs = diffusers.ControlNetXSAdapter.from_unet(unet, size_ratio=0.5, num_attention_heads=2)
+    both = diffusers.UNetControlNetXSModel.from_unet(unet, xs)
+    for target, name in (
+        (SimpleNamespace(transformer=None), "SimpleNamespace has no U-Net"),
+        (SimpleNamespace(unet=both, scheduler=DDIMScheduler(**SD)), "UNetControlNetXSModel is not built of"),
+        (SimpleNamespace(unet=None), "has no U-Net"),
+    ):
+        with pytest.raises(UserError, match=name) as caught:
+            apply(target, Schedule.constant(["mid_block.attentions.0"], [1.0]))
+        assert "\n" not in str(caught.value)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from helpers.samplers import SD
+from helpers.true import UNETS
 from helpers.twins import ids_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,20 +22,6 @@ from rwopt.schedule import Schedule
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.lookup import Steps
-
-XL: dict[str, Any] = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-}
-NETS: dict[str, tuple[dict[str, Any], int]] = {
-    "SD1.5": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 64),
-    "SDXL": (XL, 128),
-}
 
 
 class Count(TorchDispatchMode):
@@ -54,10 +41,11 @@ class Count(TorchDispatchMode):
         return {name: count for name, count in more.items() if count}
 
 
-@pytest.fixture(scope="module", params=list(NETS))
+@pytest.fixture(scope="module", params=list(UNETS))
 def net(request: pytest.FixtureRequest) -> Any:
     """A U-Net of the true architecture without values, and the arguments of a call but for the time step."""
-    config, size = NETS[request.param]
+    config = UNETS[request.param] | {"addition_embed_type": None}  # sizes and pooled text: no site is there
+    size = config["sample_size"]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
         return unet, torch.empty(2, 4, size, size), torch.empty(2, 77, unet.config.cross_attention_dim)
@@ -129,7 +117,7 @@ def test_the_host_waits_once_a_picture(monkeypatch: pytest.MonkeyPatch, tiny_une
     copies: list[int] = []
     known = {}
 
-    def copied(self: Steps, timesteps: Tensor, sites: int) -> None:
+    def copied(self: Steps, timesteps: Tensor, sites: int, times: None = None) -> None:
         copies.append(len(timesteps))
         made(self, known[len(timesteps)], sites)
         self.timesteps, self.version = timesteps, timesteps._version
