@@ -49,6 +49,9 @@ class Attachment:
             raise UserError(f"mode 'output' does not exist for the branch site {branches[0]}: use 'residual'")
         _refuse_compiled(unet, found)
 
+        # Graphs are shared by all U-Nets of a class that look alike, and torch would not look at their hooks: that of a
+        # plain U-Net would be used for one with weights.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self.unet = unet
         self.sites = tuple(sites)
         self.mode = mode
@@ -58,7 +61,7 @@ class Attachment:
         self._followed: list[Followed] = []
         self._hooks: list[RemovableHandle] = [
             unet.register_forward_pre_hook(Enter(self.key, scope, self._followed), with_kwargs=True),
-            unet.register_forward_hook(Leave(scope), always_call=True),
+            unet.register_forward_hook(Leave(scope, _around(unet, found)), always_call=True),
         ]
         # Guards come first and are closed last: a part that is re-run has its weights while its own hooks run.
         guards = [guard_resnets(module, scope) for module in _modules(unet, found, "resnets")]
@@ -179,12 +182,15 @@ class Enter:
 class Leave:
     """After it: close the scope."""
 
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
+    def __init__(self, scope: Scope, around: Sequence[nn.Module]) -> None:
+        self.scope, self.around = scope, around
 
     @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        why = self.scope.close(_at_work() is not None)
+        compiled = _at_work() is not None
+        if not self.scope.used and not compiled:
+            compiled = any(part._compiled_call_impl is not None for part in self.around)
+        why = self.scope.close(compiled)
         if why and output is not None:  # there is none after an error, which says more
             raise UserError(why)
 
@@ -251,9 +257,9 @@ def _modules(unet: nn.Module, sites: Sequence[Site], of: str) -> list[nn.Module]
 _COMPILED = "the U-Net is compiled and would ignore the weights: attach them, then compile"
 
 
-def _refuse_compiled(unet: nn.Module, sites: Sequence[Site]) -> None:
-    """Hooks inside of a module that is compiled already would be ignored without a word."""
-    compiled = [name for name, module in unet.named_modules() if _is_compiled(module)]
+def _around(unet: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
+    """The modules that have a hook of a site, or that hold one: if such a module is compiled, so is the hook."""
+    paths: dict[str, None] = {}
     for site in sites:
         hooked = [site.path]
         if site.kind in BRANCHES:
@@ -262,8 +268,16 @@ def _refuse_compiled(unet: nn.Module, sites: Sequence[Site]) -> None:
         if site.kind == "resnet":
             layers = unet.get_submodule(site.path).named_modules()
             hooked += [f"{site.path}.{name}" for name, _ in layers if name.endswith("conv2")]
-        if any(not name or f"{place}.".startswith(f"{name}.") for name in compiled for place in hooked):
-            raise UserError(_COMPILED)
+        for path in hooked:
+            parts = path.split(".")
+            paths.update((".".join(parts[:n]), None) for n in range(len(parts) + 1))
+    return [unet.get_submodule(path) for path in paths]
+
+
+def _refuse_compiled(unet: nn.Module, sites: Sequence[Site]) -> None:
+    """Hooks inside of a module that is compiled already would be ignored without a word."""
+    if any(map(_is_compiled, _around(unet, sites))):
+        raise UserError(_COMPILED)
 
 
 def _is_compiled(module: nn.Module) -> bool:

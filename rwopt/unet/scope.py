@@ -57,7 +57,7 @@ class Scope:
         self.compiled = False
         """whether a graph reads `place`"""
         self.used = False
-        """whether a site has asked for weights since a call began"""
+        """whether a site has asked for weights since a call began, or a graph that reads `place` has run"""
         self.place: Tensor | None = None
         self.packed = False
         """whether weights were ever packed for a part to be re-run"""
@@ -145,6 +145,7 @@ class Scope:
     def _input(self) -> Traced:
         """The fixed place, as an input of the graph that is being traced."""
         _prepare(self.ticket)
+        self.used = True  # done again each time that the graph runs: it is one with weights
         assert self.place is not None
         return Traced(self.place)
 
@@ -158,15 +159,20 @@ class Scope:
     def _unseen(self, compiled: bool) -> str:
         """Why the weights of the call that ends had no effect; "" if they had one, or if no weighed site was to run.
 
-        compiled: whether `torch.compile` is at work in this thread.
+        compiled: whether `torch.compile` is at work in this thread, or in a part of the U-Net that holds a site.
         """
         local = self._local
-        if getattr(local, "call", PLAIN) is PLAIN or self.used:
+        if getattr(local, "call", PLAIN) is PLAIN:
             return ""
         if self.compiled and not local.written:
             return "two threads made the first call of a compiled U-Net at once: make one call before the others start"
-        if compiled and not self.compiled:
-            return "the U-Net was compiled before the weights came and ignores them: attach, then compile"
+        if self.used:
+            return ""
+        if compiled:
+            return (
+                "a graph that was compiled without the weights was used: attach them, call torch._dynamo.reset() if a "
+                "U-Net of this kind was compiled before, then compile"
+            )
         return ""
 
     def write(self, call: Plain) -> None:

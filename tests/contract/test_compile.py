@@ -186,11 +186,13 @@ def test_threads_on_a_compiled_unet_take_turns() -> None:
 
 @torch.no_grad()
 def test_hooks_that_a_compiled_graph_ignores_are_noticed() -> None:
+    """Of the U-Net itself; once there was a schedule in the process, torch looks at hooks, and the graph is made anew."""
     twin = make("sd")
     torch._dynamo.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # as it is before there is a schedule
     compiled = torch.compile(twin.unet, backend="eager")
     twin(unet=compiled)
-    with apply(twin.unet, bare(twin.unet)), pytest.raises(UserError, match="attach, then compile"):
+    with apply(twin.unet, bare(twin.unet)), pytest.raises(UserError, match="compiled without the weights"):
         twin(unet=compiled)
     torch._dynamo.reset()
 
@@ -233,4 +235,53 @@ def test_a_compiled_unet_passes_no_gradient_to_the_weights() -> None:
         explicit(twin.x, 500, **twin.args(), weights=weights)
     with torch.no_grad():  # and it goes on working
         assert torch.equal(explicit(twin.x, 500, **twin.args(), weights=weights.detach()), plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("first", ["weighed", "plain"])
+@torch.no_grad()
+def test_a_plain_unet_beside_a_weighed_one(first: str) -> None:
+    """Graphs are shared by U-Nets that look alike: torch must look at the hooks, and does once there were some."""
+    twin, counter = make("sd"), CompileCounter()
+    other, t = copy.deepcopy(twin.unet), torch.tensor(500)
+    plain = twin(t, other)
+    with apply(twin.unet, bare(twin.unet)):
+        wanted = twin(t)
+        torch._dynamo.reset()
+        nets = {"weighed": (torch.compile(twin.unet, backend=counter), wanted)}
+        nets["plain"] = torch.compile(other, backend=counter), plain
+        for _ in range(3):
+            for name in sorted(nets, key=first.__ne__):
+                net, right = nets[name]
+                assert torch.equal(twin(t, net), right), name
+    assert counter.frame_count == 2
+    assert torch.equal(twin(t, nets["weighed"][0]), plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "unet.compile", "repeated blocks"])
+@torch.no_grad()
+def test_the_graph_of_a_plain_unet_that_was_compiled_before_is_noticed(how: str) -> None:
+    twin, t = make("sd"), torch.tensor(500)
+    other = copy.deepcopy(twin.unet)
+    torch._dynamo.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # as it is before there is a schedule
+
+    def built(unet: Any) -> Any:
+        if how == "torch.compile":
+            return torch.compile(unet, backend="eager")
+        if how == "unet.compile":
+            unet.compile(backend="eager")
+        else:
+            unet.compile_repeated_blocks(backend="eager")
+        return unet
+
+    twin(t, built(other))
+    with apply(twin.unet, replace(bare(twin.unet, kinds=("self", "cross", "ff")), provenance={"seen": []})):
+        wanted = twin(t)
+        net = built(twin.unet)
+        with pytest.raises(UserError, match=r"call torch\._dynamo\.reset\(\)"):
+            twin(t, net)
+        torch._dynamo.reset()  # the remedy
+        assert torch.equal(twin(t, net), wanted)
     torch._dynamo.reset()

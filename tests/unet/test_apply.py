@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,26 @@ def test_two_schedules_stack_and_each_handle_removes_its_own(tiny_unet: UNet2DCo
     first.remove()
     assert torch.equal(tiny_unet(x, t, text).sample, plain)
     assert not hooks_of(tiny_unet)
+
+
+def test_a_handle_takes_another_schedule_of_the_same_sites(tiny_unet: UNet2DConditionModel) -> None:
+    tiny_unet.double()
+    x, t, text = inputs(dtype=torch.float64)
+    first, second = (Schedule.constant(ids_of(tiny_unet), [1.0], value, noise=SD) for value in (0.5, 1.4))
+    with apply(tiny_unet, second):
+        expected = tiny_unet(x, t, text).sample
+    with apply(tiny_unet, first) as handle:
+        assert not torch.equal(tiny_unet(x, t, text).sample, expected)
+        handle.schedule = second
+        assert torch.equal(tiny_unet(x, t, text).sample, expected)
+        for other in (Schedule.constant(ids_of(tiny_unet)[1:], [1.0], noise=SD), replace(second, mode="output")):
+            with pytest.raises(UserError, match="takes the same"):
+                handle.schedule = other
+        assert torch.equal(tiny_unet(x, t, text).sample, expected)
+    for gone in (handle, apply(tiny_unet, None)):
+        assert gone.schedule is None
+        with pytest.raises(UserError, match="holds no schedule"):
+            gone.schedule = second
 
 
 def test_none_takes_everything_off_but_foreign_hooks(tiny_unet: UNet2DConditionModel) -> None:
