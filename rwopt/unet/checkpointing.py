@@ -8,6 +8,7 @@ its start, at the first run and at any later one alike.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -91,15 +92,15 @@ class PackResnets:
         return _replaced(args, kwargs, self.place, "temb", packed)
 
 
-class Unpack:
+class Unpack(ABC):
     """Open the scope while a part re-runs; at the first run, inside a call, it is open already."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
+    @abstractmethod
     def unpacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, _Packed] | None:
         """The part's own arguments, and what was packed on top of them; None if nothing was."""
-        raise NotImplementedError
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         found = self.unpacked(args, kwargs) if self.scope.packed else None

@@ -40,11 +40,8 @@ _scopes: WeakValueDictionary[int, Scope] = WeakValueDictionary()
 """How a trace finds a scope: what it calls at once may be given numbers only."""
 
 
-class Several:
-    """Stands for "ask whose thread it is"."""
-
-
-_SEVERAL = Several()
+_SEVERAL = Plain()
+"""Stands for "ask whose thread it is"."""
 
 
 class Scope:
@@ -52,7 +49,7 @@ class Scope:
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
-        self.current: Plain | Several | None = None
+        self.current: Plain | None = None
         """the call under way; None: there is none"""
         self.compiled = False
         """whether a graph reads `place`"""
@@ -132,7 +129,7 @@ class Scope:
             if call is None:
                 return self._closed()
         self.used = True
-        return call  # type: ignore[return-value]
+        return call
 
     def _closed(self) -> Plain:
         if torch._C._current_graph_task_id() != -1:

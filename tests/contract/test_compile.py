@@ -186,7 +186,7 @@ def test_threads_on_a_compiled_unet_take_turns() -> None:
 
 @torch.no_grad()
 def test_hooks_that_a_compiled_graph_ignores_are_noticed() -> None:
-    """Of the U-Net itself; once there was a schedule in the process, torch looks at hooks, and the graph is made anew."""
+    """Of the U-Net itself. Once there was a schedule in the process torch looks at hooks, and makes the graph anew."""
     twin = make("sd")
     torch._dynamo.reset()
     torch._dynamo.config.skip_nnmodule_hook_guards = True  # as it is before there is a schedule

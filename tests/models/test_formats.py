@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import VAE
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
 from helpers.small import make_tiny_unet
-from helpers.true import VAE
 from torch import Tensor, nn
 
 from rwopt import config

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import VAE
 from diffusers import AutoencoderKL
 from helpers.small import make_tiny_unet
-from helpers.true import VAE
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
