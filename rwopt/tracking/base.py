@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,7 +41,7 @@ class Tracker(Protocol):
         """Write out everything; further calls of `close` do nothing."""
 
 
-class Closing:
+class Closing(ABC):
     """`with tracker:` closes the tracker."""
 
     def __enter__(self) -> Self:
@@ -51,8 +52,9 @@ class Closing:
     ) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Write out everything; further calls do nothing."""
 
 
 def plain(value: Any) -> Any:

@@ -73,12 +73,10 @@ class Handle:
 
     def _taken_over(self, target: Any, schedule: Schedule) -> Handle:
         """A new handle for the hooks of this one, which rests."""
-        assert self.lookup is not None
-        handle = Handle(self.attachment, target, self.lookup)
+        assert self.attachment is not None
+        handle = Handle(self.attachment, target, Lookup(target, schedule))
         handle._hook = self._hook
-        self.lookup.target = target
-        self.lookup.schedule = schedule
-        hook = next(h for h in _hooks(self.attachment.unet) if h.handle is self)  # type: ignore[union-attr]
+        hook = next(hook for hook in _hooks(self.attachment.unet) if hook.handle is self)
         hook.handle = handle
         self._hook = self.attachment = self.lookup = None
         return handle
@@ -155,13 +153,13 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
             f"the schedule was made for a {made_for} ({short(schedule.sites)}), "
             f"this is a {kind} ({brief(list_sites(unet, ALL_KINDS))}): map it with rwopt.map_schedule first"
         )
+    for other in _pipelines(bare).values():
+        shared = getattr(other, "scheduler", None)
+        if other is not target and shared is not None and shared is getattr(target, "scheduler", None):
+            raise UserError("two pipelines share this U-Net and one scheduler: give each its own scheduler")
     for handle in _handles(bare):
         if handle.resting and handle._fits(schedule):
             return handle._taken_over(target, schedule)
-    for other in _handles(bare):
-        shared = getattr(other.target, "scheduler", None)
-        if other.target is not target and shared is not None and shared is getattr(target, "scheduler", None):
-            raise UserError("two pipelines share this U-Net and one scheduler: give each its own scheduler")
     lookup = Lookup(target, schedule)
     handle = Handle(Attachment(unet, schedule.sites, schedule.mode), target, lookup)
     # In front of the attachment's own hook, which takes the weights out of the call again.

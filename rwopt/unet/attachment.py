@@ -47,7 +47,9 @@ class Attachment:
         branches = [site.id for site in found if site.kind in BRANCHES]
         if mode == "output" and branches:
             raise UserError(f"mode 'output' does not exist for the branch site {branches[0]}: use 'residual'")
-        _refuse_compiled(unet, found)
+        around = _around(unet, found)
+        if any(map(_is_compiled, around)):  # hooks in there would be ignored without a word
+            raise UserError(_COMPILED)
 
         # Graphs are shared by all U-Nets of a class that look alike, and torch would not look at their hooks: that of a
         # plain U-Net would be used for one with weights.
@@ -61,7 +63,7 @@ class Attachment:
         self._followed: list[Followed] = []
         self._hooks: list[RemovableHandle] = [
             unet.register_forward_pre_hook(Enter(self.key, scope, self._followed), with_kwargs=True),
-            unet.register_forward_hook(Leave(scope, _around(unet, found)), always_call=True),
+            unet.register_forward_hook(Leave(scope, around), always_call=True),
         ]
         # Guards come first and are closed last: a part that is re-run has its weights while its own hooks run.
         guards = [guard_resnets(module, scope) for module in _modules(unet, found, "resnets")]
@@ -272,12 +274,6 @@ def _around(unet: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
             parts = path.split(".")
             paths.update((".".join(parts[:n]), None) for n in range(len(parts) + 1))
     return [unet.get_submodule(path) for path in paths]
-
-
-def _refuse_compiled(unet: nn.Module, sites: Sequence[Site]) -> None:
-    """Hooks inside of a module that is compiled already would be ignored without a word."""
-    if any(map(_is_compiled, _around(unet, sites))):
-        raise UserError(_COMPILED)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -87,13 +87,11 @@ class Traced(Columns):
     """Weights that a compiled graph reads. It fuses what belongs to a site, so precision costs nothing there."""
 
     def scaled(self, y: Tensor, column: int) -> Tensor:
-        w = spread(self.weights[..., column], y).to(y.device)
-        return (y * w).to(y.dtype)
+        return (y * self.column(y, column, dtype=self.weights.dtype)).to(y.dtype)
 
     def blended(self, y: Tensor, base: Tensor, column: int) -> Tensor:
         wide = torch.promote_types(y.dtype, torch.float32)
-        rest = spread((1 - self.weights)[..., column], y).to(y.device, wide)
-        return torch.lerp(y.to(wide), base.to(wide), rest).to(y.dtype)
+        return torch.lerp(y.to(wide), base.to(wide), self.column(y, column, rest=True, dtype=wide)).to(y.dtype)
 
     def column(self, y: Tensor, column: int, rest: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         weights = 1 - self.weights if rest else self.weights

@@ -19,6 +19,7 @@ from rwopt.errors import UserError
 from rwopt.schedule import Schedule
 from rwopt.schedule.noise import (
     Array,
+    edm_noise,
     edm_scheduler,
     edm_sigma,
     flow_scheduler,
@@ -67,19 +68,17 @@ def levels_of(target: Any, schedule: Schedule) -> Levels:
     UserError if there are none, or if the scheduler counts in something else than its time steps say: there the file's
     own noise would be another.
     """
-    scheduler = getattr(target, "scheduler", None)
-    if scheduler is None and not hasattr(target, "unet"):
-        told = schedule.noise.get("timestep", "index")
-        if told == "index" and schedule.noise:
-            return Levels(noise_table(schedule.noise))
-        if told != "index":
-            return Levels(None, int(schedule.noise.get("num_train_timesteps", 1000)) if told == "flow" else 0)
-        raise UserError(
-            f"{type(target).__name__} has no noise table: give the pipeline, or a schedule with a 'noise' entry"
-        )
-    if type(target).__name__ in _EDM or edm_scheduler(scheduler):
+    scheduler, noise = getattr(target, "scheduler", None), schedule.noise
+    if type(target).__name__ in _EDM or edm_scheduler(scheduler) or (scheduler is None and edm_noise(noise)):
         return Levels(None)
-    if scheduler is not None and flow_scheduler(scheduler):
+    if scheduler is None:
+        if not noise:
+            raise UserError(
+                f"{type(target).__name__} has no noise table: give the pipeline, or a schedule with a 'noise' entry"
+            )
+        flow = noise.get("timestep") == "flow"
+        return Levels(None, int(noise.get("num_train_timesteps", 1000))) if flow else Levels(noise_table(noise))
+    if flow_scheduler(scheduler):
         return Levels(None, int(scheduler.config["num_train_timesteps"]))
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None:
@@ -221,7 +220,7 @@ class Lookup:
     def _made(self, levels: Levels, times: Array, side: str, x: Tensor, place: int | None) -> Plain:
         """The call at one time, which is that of step `place`, or at one for each row."""
         alike = times.size == 1 or bool((times == times.flat[0]).all())
-        weights = self._schedule.at(levels(times.reshape(-1)[0:1].reshape(()) if alike else times)).astype(np.float32)
+        weights = self._schedule.at(levels(np.asarray(times.flat[0]) if alike else times)).astype(np.float32)
         if side == "both" and alike:
             if place is None or self._steps is None:
                 return Numbers(weights.tolist())

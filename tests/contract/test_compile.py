@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import peft
 import pytest
 import torch
 from helpers.fits import LORA, bare, expected
+from helpers.samplers import sampler
 from helpers.twins import ids_of, make
 from torch._dynamo.testing import CompileCounter
 
@@ -284,4 +286,27 @@ def test_the_graph_of_a_plain_unet_that_was_compiled_before_is_noticed(how: str)
             twin(t, net)
         torch._dynamo.reset()  # the remedy
         assert torch.equal(twin(t, net), wanted)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_resting_schedule_of_another_pipeline_is_in_nobodys_way() -> None:
+    twin, scheduler = make("sd"), sampler("euler")
+    first, second = (SimpleNamespace(unet=twin.unet, scheduler=scheduler) for _ in range(2))
+    schedule = bare(twin.unet)
+    torch._dynamo.reset()
+    handle = apply(first, schedule)
+    compiled = torch.compile(twin.unet, backend="eager")
+    weighed = twin(torch.tensor(500), compiled)
+    with pytest.raises(UserError, match="give each its own scheduler"):
+        apply(second, schedule)
+    handle.remove()
+    second.unet = compiled
+    with pytest.raises(UserError, match="order of guidance"):  # and nothing is half done
+        apply(second, replace(schedule, cfg_branch="cond"))
+    plain = twin(torch.tensor(500), compiled)
+    assert not torch.equal(plain, weighed)
+    with apply(second, schedule):
+        assert torch.equal(twin(torch.tensor(500), compiled), weighed)
+    assert torch.equal(twin(torch.tensor(500), compiled), plain)
     torch._dynamo.reset()
