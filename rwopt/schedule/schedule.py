@@ -12,9 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ from numpy.typing import ArrayLike
 
 from rwopt.errors import UserError
 from rwopt.files import write_text
+from rwopt.schedule.document import FORMAT, LARGEST, LIMIT, VERSION, brief, check, read_document, schema
 from rwopt.schedule.noise import Array, noise_table, timestep_of
+from rwopt.schedule.steps import Steps, steps_of
 
-FORMAT = "rwopt.schedule"
-VERSION = "1.1"  # 1.1: noise.train_sigma, noise.timestep "flow"
 INTERPOLATIONS = ("linear", "nearest", "previous")
 MODES = ("residual", "output")
 CFG_BRANCHES = ("both", "cond", "uncond")
@@ -42,12 +40,13 @@ class Schedule:
 
     sites: S ids as in `rwopt.list_sites`, each once.
     sigmas: [K] VE sigma, finite, > 0, strictly descending.
-    weights: [K, S], finite; 1 is the plain model.
+    weights: [K, S], finite, smaller than 1e30; 1 is the plain model.
     mode: residual, `x + w f(x)`, or output, `w (x + f(x))`.
     interp: linear, nearest, or previous (hold the last knot that sampling has passed), in ln sigma.
     model, calibrated, provenance: notes on the origin; noise: the training noise, see `rwopt.schedule.noise`.
     extra: the file's own `x-...` entries, kept.
     cfg_branch: the rows of guidance that it holds for, both, cond or uncond.
+    steps: dials of the sampler that belong to the weights, or None: `rwopt.schedule.steps`.
     """
 
     sites: tuple[str, ...]
@@ -61,6 +60,7 @@ class Schedule:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     cfg_branch: str = "both"
+    steps: Steps | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -74,9 +74,11 @@ class Schedule:
             raise UserError(f"grid.interp is {self.interp!r}: choose from {', '.join(INTERPOLATIONS)}")
         if not self.sites:
             raise UserError("sites is empty: name at least one site")
+        seen: set[str] = set()
         for index, site in enumerate(self.sites):
-            if site in self.sites[:index]:
+            if site in seen:
                 raise UserError(f"sites[{index}] repeats {site!r}: name each site once")
+            seen.add(site)
         if self.sigmas.ndim != 1 or not len(self.sigmas):
             raise UserError(f"grid.sigma has shape {list(self.sigmas.shape)}: give a list of noise levels")
         for index, sigma in enumerate(self.sigmas):
@@ -89,7 +91,7 @@ class Schedule:
         if self.weights.shape != expected:
             shape = list(self.weights.shape)
             raise UserError(f"weights has shape {shape}: give {list(expected)}, a row per sigma, a column per site")
-        for k, s in np.argwhere(~np.isfinite(self.weights))[:1]:
+        for k, s in np.argwhere(~(np.abs(self.weights) < LARGEST))[:1]:
             raise UserError(f"weights[{k}][{s}] is {self.weights[k, s]:g}: give finite numbers (1 changes nothing)")
 
     @classmethod
@@ -100,7 +102,7 @@ class Schedule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every weight is 1, so that nothing changes."""
+        """Whether every weight is 1, so that no block changes."""
         return bool((self.weights == 1).all())
 
     def at(self, sigma: float | Array) -> Array:
@@ -126,9 +128,11 @@ class Schedule:
         return result
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what the schedule does, as saved: op, sites, noise, grid, weights; no notes."""
+        """SHA-256 (hex) of what the schedule does, as saved: op, sites, noise, grid, weights, steps; no notes."""
         document = self.to_dict()
         core = {name: document.get(name) for name in ("op", "sites", "noise", "grid", "weights")}
+        if "steps" in document:  # left out otherwise, so that older files keep their digest
+            core["steps"] = document["steps"]
         return hashlib.sha256(json.dumps(core, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -147,7 +151,7 @@ class Schedule:
             grid["train_timestep"] = [round(float(step), 2) for step in steps]
         grid |= {"interp": self.interp, "extrapolate": "clamp"}
         return {
-            "$schema": _schema()["$id"],
+            "$schema": schema()["$id"],
             "format": FORMAT,
             "version": VERSION,
             "model": dict(self.model),
@@ -156,19 +160,32 @@ class Schedule:
             "noise": {"axis": "sigma", **self.noise},
             "grid": grid,
             "weights": [[float(f"{w:.6g}") for w in row] for row in self.weights.tolist()],
+            **({} if self.steps is None else {"steps": self.steps.to_dict()}),
             "calibrated": dict(self.calibrated),
             "provenance": dict(self.provenance),
             **self.extra,
         }
 
+    def exact(self) -> dict[str, Any]:
+        """`to_dict` with all digits, for what a search keeps for itself: a schedule file has fewer."""
+        document = {**self.to_dict(), "weights": self.weights.tolist()}
+        if self.steps is not None:
+            document["steps"] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.steps).items() if v}
+        return document
+
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Schedule:
         """The inverse of `to_dict`. Raises UserError for anything that the schema or the class refuses."""
-        _check(document)
+        check(document)
+        return cls._made(document)
+
+    @classmethod
+    def _made(cls, document: Mapping[str, Any]) -> Schedule:
         op, grid = document.get("op", {}), document["grid"]
         lengths = {len(row) for row in document["weights"]}
         if len(lengths) > 1:
-            raise UserError(f"weights has rows of {sorted(lengths)} numbers: give {len(document['sites'])} in each")
+            given = brief(sorted(lengths))
+            raise UserError(f"weights has rows of {given} numbers: give {len(document['sites'])} in each")
         noise = {name: value for name, value in document.get("noise", {}).items() if name != "axis"}
         return cls(
             sites=tuple(site["id"] for site in document["sites"]),
@@ -182,35 +199,34 @@ class Schedule:
             provenance=document.get("provenance", {}),
             extra={name: value for name, value in document.items() if name.startswith("x-")},
             cfg_branch=op.get("cfg_branch", "both"),
+            steps=steps_of(document.get("steps")),
         )
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the JSON file. Raises UserError if a note in it is not plain JSON."""
+        """Write the JSON file. Raises UserError if a note in it is not plain JSON, and for more than 2 MB."""
         document = self.to_dict()
         try:
             text = json.dumps(document, indent=2, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: a note is not plain JSON ({error}): use text, numbers, lists") from None
         try:
-            _check(json.loads(text))
+            check(json.loads(text))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         # A row of numbers on one line, so that a diff shows noise levels. (No JSON string holds a raw line
         # break.)
         text = re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda row: f"[{' '.join(row[1].split())}]", text)
+        if len(text) >= LIMIT:  # ASCII
+            raise UserError(f"{path}: would be longer than {LIMIT // 1_000_000} MB: use fewer sites or levels")
         return write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Schedule:
-        """Read a file. Raises UserError that names the file, the field, the value and the remedy."""
+        """Read a file of at most 2 MB. Raises UserError that names the file, the field, the value and the remedy."""
+        document = read_document(path)
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): give a schedule file") from None
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error}): give a file that rwopt wrote") from None
-        try:
-            return cls.from_dict(document)
+            check(document, notes=True)
+            return cls._made(document)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -219,50 +235,7 @@ def _frozen(values: ArrayLike, name: str) -> Array:
     """An own float64 copy that cannot be written to."""
     try:
         array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} is not a regular table of numbers: give rows of equal length") from None
     array.flags.writeable = False
     return array
-
-
-@cache
-def _schema() -> dict[str, Any]:
-    text = (files("rwopt.schedule") / "schema" / "schedule-1.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
-
-
-def _check(document: Any) -> None:
-    """Raise UserError unless `document` fits the schema."""
-    from jsonschema import Draft202012Validator  # slow to import, and looking a schedule up does not need it
-    from jsonschema.exceptions import best_match
-
-    if not isinstance(document, Mapping) or document.get("format") != FORMAT:
-        value = document.get("format") if isinstance(document, Mapping) else document
-        raise UserError(f"format is {_brief(value)}, not {FORMAT!r}: give a schedule file")
-    version = document.get("version")
-    if not isinstance(version, str) or version.split(".")[0] != VERSION.split(".")[0]:
-        raise UserError(f"version is {_brief(version)}: this rwopt reads 1.x, update it or write the file again")
-    error = best_match(Draft202012Validator(_schema()).iter_errors(document))
-    if error is None:
-        return
-    where = error.json_path.removeprefix("$").lstrip(".")
-    subject = where or "the file"
-    if error.validator == "required":
-        absent = [name for name in error.validator_value if name not in error.instance]
-        raise UserError(f"{subject} lacks {absent[0]!r}: add it (schema: rwopt/schedule/schema/schedule-1.json)")
-    if error.validator == "additionalProperties":
-        known = error.schema["properties"]
-        unknown = [name for name in error.instance if name not in known and not name.startswith("x-")]
-        raise UserError(f"{subject} has the unknown entry {unknown[0]!r}: remove it or name it 'x-{unknown[0]}'")
-    expected = error.schema.get("description", f"what the schema asks for ({_one_line(error.message)})")
-    raise UserError(f"{subject} is {_brief(error.instance)}: give {expected}")
-
-
-def _brief(value: Any) -> str:
-    return _one_line(repr(value))
-
-
-def _one_line(text: str, limit: int = 120) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -5,6 +5,9 @@
 group a site and one knot a step is the full table. In between, of low rank R: `theta = (a, b)` and the log-gains of
 groups are `(e + a) b`, a [K, R], b [R, G], where e [K, R] holds the first R cosines over knots (constant, slope, ...):
 at theta = 0 the groups can move at once, each by a wave, which a product that starts from zeros could not.
+
+Beside the weights theta may hold the sampler's dials (`rwopt.schedule.steps`). A knot keeps its place among the calls:
+where the clock moves, knots move with it, so that a knot for each call stays a row of weights for each call.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 
 from rwopt.errors import UserError
 from rwopt.schedule.schedule import Schedule
+from rwopt.schedule.steps import StepFunction
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class WeightFunction:
 
     sites: ids in execution order, S of them; sigmas: the knots, [K], positive, descending; groups: {name: site
     indices} (`rwopt.unet.sites.group_sites` makes the usual ones). `theta` is a flat vector of K * G numbers, knot by
-    knot from the noisiest, or with a rank R > 0 of R (K + G); its coefficient names are `names`. Raises `UserError`
-    for knots that are no descending noise levels and for a rank above K or G.
+    knot from the noisiest, or with a rank R > 0 of R (K + G); its coefficient names are `names`. No groups: weights of
+    one. steps: the sampler's dials, whose numbers follow those of the weights. Raises `UserError` for knots that are no
+    descending noise levels and for a rank above K or G.
     """
 
     sites: Sequence[str]
@@ -34,6 +39,7 @@ class WeightFunction:
     groups: Mapping[str, Sequence[int]]
     mode: str = "residual"
     rank: int = 0
+    steps: StepFunction | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -50,13 +56,36 @@ class WeightFunction:
             )
 
     @property
-    def dimension(self) -> int:
+    def weight_count(self) -> int:
+        """How many numbers of theta, the first ones, make the weights."""
         knots, groups = len(self.sigmas), len(self.groups)
         return self.rank * (knots + groups) if self.rank else knots * groups
 
     @property
+    def dimension(self) -> int:
+        return self.weight_count + (0 if self.steps is None else len(self.steps.names))
+
+    @property
     def names(self) -> list[str]:
-        """Coefficient names, "k0/up.cross" and so on ("k0/wave0", "wave0/up.cross"), in the order of theta."""
+        """Coefficient names, "k0/up.cross" and so on ("k0/wave0", "wave0/up.cross"), "clock0" and so on."""
+        return self._weight_names + ([] if self.steps is None else self.steps.names)
+
+    def reach(self, radius: float) -> np.ndarray:
+        """How far each number may go from its start [d]: `radius` for log-gains."""
+        dials = np.zeros(0) if self.steps is None else self.steps.reach
+        return np.concatenate([np.full(self.weight_count, radius), dials])
+
+    def knots(self, levels: Any) -> np.ndarray:
+        """The knots [K] as VE sigmas when the calls are made at `levels` [N]: each keeps its place among the calls,
+        those outside keep their distance in ln sigma."""
+        if self.steps is None:
+            return self.sigmas
+        places, logs, base = np.arange(len(levels)), np.log(self.sigmas), np.log(self.steps.sigmas)
+        moved = np.interp(np.interp(-logs, -base, places), places, np.log(np.asarray(levels, dtype=float)))
+        return np.asarray(np.exp(moved + logs - np.clip(logs, base[-1], base[0])))
+
+    @property
+    def _weight_names(self) -> list[str]:
         if self.rank:
             waves = [f"wave{r}" for r in range(self.rank)]
             knots = [f"k{k}/{wave}" for k in range(len(self.sigmas)) for wave in waves]
@@ -82,6 +111,7 @@ class WeightFunction:
         if theta.shape[-1] != self.dimension:
             raise UserError(f"theta has {theta.shape[-1]} numbers, this weight function takes {self.dimension}")
         numpy = isinstance(theta, np.ndarray)
+        theta = theta[..., : self.weight_count]
         like = np.asarray if numpy else theta.new_tensor
         lead, knots, cut = theta.shape[:-1], len(self.sigmas), len(self.sigmas) * self.rank
         if self.rank:
@@ -105,13 +135,14 @@ class WeightFunction:
             if site in column:
                 logs[:, j] = np.log(np.maximum(values[:, column[site]], floor))
         solution, *_ = np.linalg.lstsq(self.membership.T, logs.T, rcond=None)
-        return self._factors(solution.T) if self.rank else np.asarray(solution.T.reshape(-1))
+        numbers = self._factors(solution.T) if self.rank else np.asarray(solution.T.reshape(-1))
+        return np.concatenate([numbers, np.zeros(self.dimension - self.weight_count)])
 
     def _factors(self, gains: np.ndarray) -> np.ndarray:
         """(a, b) of the nearest log-gains of this rank; of the ways to write them one with small a."""
         left, sizes, right = np.linalg.svd(gains, full_matrices=False)
         if sizes[0] < 1e-12:
-            return np.zeros(self.dimension)
+            return np.zeros(self.weight_count)
         turn = left[:, : self.rank].T @ self.waves
         if np.linalg.cond(turn) > 1e3:
             turn = np.eye(self.rank)
@@ -120,7 +151,12 @@ class WeightFunction:
 
     def schedule(self, theta: np.ndarray, **about: Any) -> Schedule:
         """The table of `theta` as a `Schedule`; `about` is its model, noise, calibrated, provenance."""
-        return Schedule(tuple(self.sites), self.sigmas, self.table(np.asarray(theta, dtype=float)), self.mode, **about)
+        theta = np.asarray(theta, dtype=float)
+        knots = self.sigmas
+        if self.steps is not None:
+            about["steps"] = self.steps.steps(theta[self.weight_count :])
+            knots = self.knots(about["steps"].sigmas)
+        return Schedule(tuple(self.sites), knots, self.table(theta), self.mode, **about)
 
 
 def hat(sigmas: np.ndarray, sigma: float) -> np.ndarray:

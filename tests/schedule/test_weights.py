@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from helpers.samplers import SD
 from helpers.small import weight_function
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
+from rwopt.schedule.noise import sigma_of
+from rwopt.schedule.steps import StepFunction
 from rwopt.schedule.weights import WeightFunction, hat
 from rwopt.unet.sites import KINDS, list_sites
 
@@ -156,6 +161,104 @@ def test_hats_times_table_is_what_the_schedule_looks_up(function: WeightFunction
     schedule = function.schedule(theta_of(function))
     for sigma in np.geomspace(0.05, 20, 17):
         np.testing.assert_allclose(hat(function.sigmas, sigma) @ schedule.weights, schedule.at(sigma), rtol=1e-10)
+
+
+# --- with the sampler's dials
+
+TABLE = sigma_of(DDIMScheduler(**SD).alphas_cumprod.double().numpy())
+CALLS = TABLE[[999, 749, 499, 249]]
+
+
+def with_steps(function: WeightFunction, *learn: str, **changes: Any) -> WeightFunction:
+    return replace(function, steps=StepFunction("dpmpp_2m", CALLS, TABLE, 4.0, learn), **changes)
+
+
+def test_dials_follow_the_weights(function: WeightFunction) -> None:
+    whole = with_steps(function, "guidance", "clock", "told")
+    dials = [f"{dial}{i}" for dial in ("clock", "told", "guidance") for i in range(4)]
+    assert whole.names == [*function.names, *dials]
+    assert whole.dimension == len(whole.names) == function.dimension + 12
+    assert whole.weight_count == function.weight_count == function.dimension
+    np.testing.assert_array_equal(whole.reach(0.4), [0.4] * 27 + [2.0] * 4 + [3.0] * 4 + [1.5] * 4)
+    np.testing.assert_array_equal(function.reach(0.4), [0.4] * 27)
+    theta = theta_of(whole)
+    np.testing.assert_array_equal(whole.table(theta), function.table(theta[:27]))
+    np.testing.assert_allclose(whole.table(torch.from_numpy(theta)).numpy(), whole.table(theta), rtol=1e-12)
+    with pytest.raises(UserError, match="theta has 27 numbers, this weight function takes 39"):
+        whole.table(theta[:27])
+
+
+def test_zeros_are_the_plain_model_on_the_base_grid(function: WeightFunction) -> None:
+    whole = with_steps(function, "clock", "told", "guidance")
+    schedule = whole.schedule(np.zeros(whole.dimension))
+    assert schedule.is_plain
+    assert schedule.steps is not None
+    np.testing.assert_allclose(schedule.steps.sigmas, CALLS)
+    np.testing.assert_allclose(schedule.steps.told, CALLS)
+    np.testing.assert_allclose(schedule.steps.guidance, 4.0)
+    np.testing.assert_allclose(schedule.sigmas, KNOTS)
+    assert function.schedule(np.zeros(27)).steps is None
+
+
+def test_knots_move_with_the_clock(function: WeightFunction) -> None:
+    """A knot at a call stays at it; one between two calls keeps its share of the way; one beyond its distance."""
+    between = np.sqrt(CALLS[1] * CALLS[2])
+    whole = with_steps(function, "clock", sigmas=[*CALLS[:2], between, *CALLS[2:]])
+    np.testing.assert_allclose(whole.knots(CALLS), whole.sigmas)
+    theta = np.zeros(whole.dimension)
+    theta[whole.weight_count :] = [0.8, -0.5, 0.3, -0.4]
+    schedule = whole.schedule(theta)
+    assert schedule.steps is not None
+    moved = np.array(schedule.steps.sigmas)
+    assert (np.abs(np.log(moved[1:] / CALLS[1:])) > 0.05).all()
+    assert moved[0] == pytest.approx(CALLS[0])
+    np.testing.assert_allclose(schedule.sigmas[[0, 1, 3, 4]], moved)
+    assert schedule.sigmas[2] == pytest.approx(np.sqrt(moved[1] * moved[2]))
+    # so the weights of each call are the row that is its own, whatever the clock
+    rows = theta_of(whole)
+    rows[whole.weight_count :] = theta[whole.weight_count :]
+    np.testing.assert_allclose(whole.schedule(rows).at(moved), whole.table(rows)[[0, 1, 3, 4]], rtol=1e-10)
+    wide = with_steps(function, "clock", sigmas=[3 * CALLS[0], CALLS[1]])
+    np.testing.assert_allclose(wide.knots(moved), [3 * moved[0], moved[1]])
+    low = with_steps(function, "clock", sigmas=[CALLS[3] / 2, CALLS[3] / 4])
+    np.testing.assert_allclose(low.knots(moved), [moved[3] / 2, moved[3] / 4])
+    np.testing.assert_array_equal(function.knots(moved), KNOTS)  # without dials knots are where they are
+
+
+def test_without_groups_weights_are_one_and_only_dials_move(function: WeightFunction) -> None:
+    dials = with_steps(function, "clock", "told", groups={})
+    assert dials.names == dials.steps.names  # type: ignore[union-attr]
+    assert (dials.dimension, dials.weight_count) == (8, 0)
+    theta = theta_of(dials)
+    assert (dials.table(theta) == 1).all()
+    assert (dials.table(torch.from_numpy(theta)) == 1).all()
+    assert dials.table(theta).shape == (3, 21)
+    schedule = dials.schedule(theta)
+    assert schedule.is_plain
+    assert schedule.steps == dials.steps.steps(theta)  # type: ignore[union-attr]
+    assert (dials.fit(Schedule.constant(dials.sites, [1.0], 1.2)) == 0).all()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_fit_leaves_dials_where_they_are(function: WeightFunction, rank: int) -> None:
+    whole, bare = with_steps(function, "told", "guidance", rank=rank), replace(function, rank=rank)
+    made = bare.schedule(theta_of(bare))
+    theta = whole.fit(made)
+    assert theta.shape == (whole.dimension,)
+    assert (theta[whole.weight_count :] == 0).all()
+    np.testing.assert_allclose(whole.schedule(theta).weights, made.weights, rtol=1e-6)
+    assert (whole.fit(Schedule.constant(whole.sites, [1.0]))[whole.weight_count :] == 0).all()
+
+
+def test_low_rank_with_dials(low: WeightFunction) -> None:
+    whole = with_steps(low, "clock", "told")
+    assert whole.weight_count == low.dimension == 24
+    assert whole.names == [*low.names, *whole.steps.names]  # type: ignore[union-attr]
+    theta = theta_of(whole)
+    np.testing.assert_array_equal(whole.table(theta), low.table(theta[:24]))
+    slope = torch.from_numpy(theta).requires_grad_()
+    (gradient,) = torch.autograd.grad(whole.table(slope).sum(), slope)
+    assert (gradient[24:] == 0).all()  # the table is of the weights alone
 
 
 NAN, INFINITY = float("nan"), float("inf")
