@@ -1,6 +1,6 @@
 """Probes: how important is every site at every noise level, and what did the answer cost?
 
-One estimator a file, one contract: `probe(model, attachment, x, cond, ts)` follows the plain model's own
+One estimator a file, one contract: `probe(model, attachment, x, cond, course)` follows the plain model's own
 trajectory and returns an `Importance`. Importing this package loads no torch; `make_probe` does.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rwopt.models import Model
+    from rwopt.sampling.course import Course
     from rwopt.sampling.denoise import Condition
     from rwopt.unet.attachment import Attachment
 
@@ -112,9 +113,9 @@ class Probe(Protocol):
     def mode(self) -> str: ...
 
     def __call__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> Importance:
-        """Measure along the plain trajectory from start noise `x` [N, C, h, w] over timesteps `ts`."""
+        """Measure along the plain trajectory from start noise `x` [N, C, h, w] over a `course`."""
 
 
 def make_probe(name: str, **options: Any) -> Probe:

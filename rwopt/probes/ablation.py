@@ -18,6 +18,7 @@ from torch import Tensor
 from rwopt.models import Model
 from rwopt.probes import Importance, choice, mean_interval
 from rwopt.probes.teacher import TRAJECTORIES, Predict, Teacher, branch_only, relative_error
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import find_sites, group_sites
@@ -42,11 +43,11 @@ class Ablation:
 
     @torch.no_grad()
     def __call__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> Importance:
         branch_only(attachment, self.value)
         groups = list(group_sites(find_sites(model.unet, attachment.sites), self.by).values())
-        teacher = Teacher(model, attachment, x, cond, ts)
+        teacher = Teacher(model, attachment, x, cond, course)
         predict, outputs = teacher.view(self.trajectory)
         errors = ablate(predict, outputs, groups, len(attachment.sites), len(x), self.value)
         mean, low, high = mean_interval(errors)

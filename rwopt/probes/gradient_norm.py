@@ -16,6 +16,7 @@ from torch import Tensor
 from rwopt.models import Model
 from rwopt.probes import Importance, mean_interval
 from rwopt.probes.teacher import Teacher
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition
 from rwopt.unet.attachment import Attachment
 
@@ -33,12 +34,12 @@ class GradientNorm:
     mode: ClassVar[str] = "residual"
 
     def __call__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> Importance:
-        teacher = Teacher(model, attachment, x, cond, ts)
+        teacher = Teacher(model, attachment, x, cond, course)
         halves = 1 if cond.negative is None else 2
         norms = []
-        for i in range(len(ts)):
+        for i in range(len(course)):
             weights = torch.ones(halves * len(x), len(attachment.sites), device=x.device, requires_grad=True)
             with torch.enable_grad():
                 out = teacher.predict(i, weights)

@@ -20,6 +20,7 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice, mean_interval
 from rwopt.probes.teacher import TRAJECTORIES, Predict, Teacher, branch_only, by_picture
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition
 from rwopt.unet.attachment import Attachment
 
@@ -46,10 +47,10 @@ class Gram:
 
     @torch.no_grad()
     def __call__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> Importance:
         branch_only(attachment, self.value)
-        teacher = Teacher(model, attachment, x, cond, ts)
+        teacher = Teacher(model, attachment, x, cond, course)
         predict, outputs = teacher.view(self.trajectory)
         student = self.trajectory == "student"
         grams, kept = [], []

@@ -21,6 +21,7 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice
 from rwopt.probes.teacher import TRAJECTORIES, Predict, Teacher, branch_only, relative_error
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition
 from rwopt.unet.attachment import Attachment
 
@@ -49,10 +50,10 @@ class Shapley:
 
     @torch.no_grad()
     def __call__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> Importance:
         branch_only(attachment, 0.0)
-        teacher = Teacher(model, attachment, x, cond, ts)
+        teacher = Teacher(model, attachment, x, cond, course)
         predict, outputs = teacher.view(self.trajectory)
         rng, sites, m = np.random.default_rng(self.seed), len(attachment.sites), self.permutations
         found = []

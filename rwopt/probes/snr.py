@@ -26,8 +26,8 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, mean_interval
 from rwopt.probes.teacher import Teacher
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition, predict
-from rwopt.sampling.noise import add_noise
 from rwopt.sampling.sample import sample
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import Site, branch_modules, find_sites
@@ -55,22 +55,23 @@ class Snr:
 
     @torch.no_grad()
     def __call__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> Importance:
         if attachment.mode == "output":
             raise UserError("probe snr in output mode: scaling all of a stream keeps its SNR, use mode=residual")
         sites, calls = find_sites(model.unet, attachment.sites), model.calls
-        sigmas = Teacher(model, attachment, x, cond, ts).sigmas
-        clean, text = sample(model, attachment, x, cond, ts), Condition(cond.positive)
+        sigmas = Teacher(model, attachment, x, cond, course).sigmas
+        clean, text = sample(model, attachment, x, cond, course), cond.unguided()
         generator = torch.Generator().manual_seed(self.seed)
         slopes: list[Any] = []
         levels: list[Any] = []
-        for t in ts:
+        for i, told in enumerate(course.told):
+            signal, level = course.levels.signal[i], course.levels.noise[i]
             moments: dict[tuple[int, int], Moments] = {}
             for _ in range(self.draws):
                 noise = torch.randn(x.shape, generator=generator).to(x)
                 with watch(model.unet, sites) as seen:
-                    predict(model, attachment, add_noise(model, clean, noise, t), t, text)
+                    predict(model, attachment, signal * clean + level * noise, told, text)
                 for key, (stream, branch) in seen.items():
                     moments.setdefault(key, Moments()).add(stream, branch)
             for out, read in ((slopes, Moments.slope), (levels, Moments.log_snr)):

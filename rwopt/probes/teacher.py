@@ -16,8 +16,10 @@ from torch import Tensor
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import choice
-from rwopt.sampling.denoise import Condition, guide, predict
-from rwopt.sampling.sample import ddim_step
+from rwopt.sampling.course import Course
+from rwopt.sampling.denoise import Condition, predict, told_scale
+from rwopt.sampling.sample import advance
+from rwopt.sampling.solvers import Memory
 from rwopt.unet.attachment import Attachment
 
 TRAJECTORIES = ("teacher", "student")
@@ -31,11 +33,12 @@ class Teacher:
     """
 
     def __init__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> None:
-        self.model, self.attachment, self.cond, self.ts = model, attachment, cond, ts
-        self.states = [x]
-        self.sigmas = np.array([float(model.sigma(t)) for t in ts])
+        self.model, self.attachment, self.cond, self.course = model, attachment, cond, course
+        self.states: list[Tensor] = [x]
+        self.memories: list[Memory] = [()]  # what the solver remembers at each state
+        self.sigmas = np.array(course.sigmas)
         self._calls = model.calls
 
     @property
@@ -48,16 +51,17 @@ class Teacher:
         x = self.states[i]
         if isinstance(weights, np.ndarray):
             weights = torch.as_tensor(weights, dtype=torch.float32, device=x.device)
-        return predict(self.model, self.attachment, x, self.ts[i], self.cond, weights)
+        return predict(self.model, self.attachment, x, self.course.told[i], self._told(i), weights)
 
     def advance(self, i: int, out: Tensor) -> None:
         """Make the state of step `i + 1` from the plain output of step `i`."""
-        if i + 1 < len(self.ts):
-            self.states[i + 1 :] = [self._step(i, out, self.states[i])]
+        if i + 1 < len(self.course):
+            x, memory = self._step(i, out, self.states[i], self.memories[i])
+            self.states[i + 1 :], self.memories[i + 1 :] = [x], [memory]
 
     def run(self) -> Iterator[Tensor]:
         """The plain outputs, step by step, computed anew at each run: N calls."""
-        for i in range(len(self.ts)):
+        for i in range(len(self.course)):
             out = self.predict(i)
             self.advance(i, out)
             yield out
@@ -68,9 +72,10 @@ class Teacher:
 
     def follow(self, i: int, out: Tensor) -> Tensor:
         """Final latents of the run in which step `i` gave `out`, and all later ones are plain: N - i - 1 calls."""
-        x = self._step(i, out, self.states[i])
-        for j in range(i + 1, len(self.ts)):
-            x = self._step(j, predict(self.model, self.attachment, x, self.ts[j], self.cond), x)
+        x, memory = self._step(i, out, self.states[i], self.memories[i])
+        for j in range(i + 1, len(self.course)):
+            out = predict(self.model, self.attachment, x, self.course.told[j], self._told(j))
+            x, memory = self._step(j, out, x, memory)
         return x
 
     def view(self, trajectory: str) -> tuple[Predict, Iterable[Tensor]]:
@@ -83,13 +88,16 @@ class Teacher:
 
     def _ends(self) -> Iterator[Tensor]:
         *_, out = self.run()
-        end = self._step(len(self.ts) - 1, out, self.states[-1])
-        for _ in self.ts:
+        end, _ = self._step(len(self.course) - 1, out, self.states[-1], self.memories[-1])
+        for _ in self.course.sigmas:
             yield end
 
-    def _step(self, i: int, out: Tensor, x: Tensor) -> Tensor:
-        t_next = self.ts[i + 1] if i + 1 < len(self.ts) else None
-        return ddim_step(self.model, guide(out, self.cond), x, self.ts[i], t_next)
+    def _told(self, i: int) -> Condition:
+        """The condition, with the guidance that a U-Net may be told."""
+        return told_scale(self.model, self.cond, None if self.course.guidance is None else self.course.guidance[i])
+
+    def _step(self, i: int, out: Tensor, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        return advance(self.model, self.course, i, out, self.cond, x, memory)
 
 
 def relative_error(out: Tensor, plain: Tensor, pictures: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.probes import Importance, choice
 from rwopt.probes.teacher import TRAJECTORIES, Teacher
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import Site, find_sites, group_sites
@@ -68,7 +69,7 @@ class Voting:
 
     @torch.no_grad()
     def __call__(
-        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int]
+        self, model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course
     ) -> Importance:
         sites = find_sites(model.unet, attachment.sites)
         groups = group_sites(sites, self.by)
@@ -76,7 +77,7 @@ class Voting:
         for b, members in enumerate(groups.values()):
             column[members] = b
         output = attachment.mode == "output"
-        teacher = Teacher(model, attachment, x, cond, ts)
+        teacher = Teacher(model, attachment, x, cond, course)
 
         def student(i: int, weights: np.ndarray, skipped: np.ndarray) -> Tensor:
             off = skipped[column]
@@ -91,7 +92,7 @@ class Voting:
         if self.teacher == "cached":
             kept = list(run())
             run = lambda: kept  # noqa: E731
-        scores, details = self.vote(run, student, len(ts), len(groups))
+        scores, details = self.vote(run, student, len(course), len(groups))
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         details = {**options, "mode": attachment.mode, "blocks": list(groups), "pictures": len(x), **details}
         return Importance(

@@ -1,6 +1,7 @@
 """From weights to a reward and back: which way a gradient takes through the sampler, and what it starts from.
 
-With `x_{i+1} = A_i x_i + B_i u(x_i, w_i)` (DDIM, u the U-Net), the reward's gradient with respect to row w_i can take
+With `x_{i+1} = A_i x_i + B_i u(x_i, w_i)` (DDIM, u the U-Net; a multistep sampler adds earlier u), the reward's
+gradient with respect to row w_i can take
 - `full`: every path, as DRaFT (Clark et al., 2023, arXiv 2309.17400) with one checkpoint a step;
 - `truncated`: the last K steps only (DRaFT-K); earlier rows get exactly zero;
 - `detached`: no path through the input of a U-Net call (DRTune, Wu et al., 2024, arXiv 2405.00760): every row trains
@@ -22,10 +23,13 @@ from rwopt.models import Model
 from rwopt.models.formats import in_range
 from rwopt.models.memory import checkpointed_blocks
 from rwopt.sampling import GRADIENTS
-from rwopt.sampling.denoise import Condition, Row, Sided, guide, predict
-from rwopt.sampling.sample import Weights, ddim_step
+from rwopt.sampling.course import Course
+from rwopt.sampling.denoise import Condition, Row, Sided, predict, told_scale
+from rwopt.sampling.sample import Weights, advance
+from rwopt.sampling.solvers import Memory
 from rwopt.unet.attachment import Attachment
 
+ROOM = 2 * 2**30  # bytes of activations that a computer without a GPU may be asked for
 CROWD = 4  # pictures that share a U-Net call where memory is short: eight rows with guidance, which keep a GPU busy
 Reward = Callable[[Tensor], Tensor]  # final latents [N, C, h, w] -> scores [N], differentiable
 
@@ -54,9 +58,10 @@ class GradientPath:
             return i >= steps - self.last
         return self.mode == "full" or (i + offset) % self.stride == 0
 
-    def price(self, steps: int, offset: int = 0) -> int:
-        """U-Net calls of a run and its backward pass: 1 a step, 3 more where it trains (re-run; backward as two)."""
-        return steps + 3 * sum(self.trains(i, steps, offset) for i in range(steps))
+    def price(self, steps: int, offset: int = 0, kept: bool = False) -> int:
+        """U-Net calls of a run and its backward pass: 1 a step, 3 more where it trains (re-run; backward as two), or 2
+        where activations are `kept`."""
+        return steps + (2 if kept else 3) * sum(self.trains(i, steps, offset) for i in range(steps))
 
 
 def unroll(
@@ -64,42 +69,60 @@ def unroll(
     attachment: Attachment,
     x: Tensor,
     cond: Condition,
-    ts: list[int],
+    course: Course,
     weights: Weights,
     path: GradientPath,
     offset: int = 0,
 ) -> Tensor:
     """`sample` with gradient along `path`: clean latents [N, C, h, w], bit-equal to what it gives.
 
-    Memory is that of one U-Net call: each step that trains is re-run in the backward pass, its weights an argument of
-    the re-run part (a hook that looked them up would read the last step's). Where that is too much (`is_crowded`), the
+    Where there is room the activations of all steps are kept (`keeps_activations`). Else memory is that of one U-Net
+    call: each step that trains is re-run in the backward pass, its weights and the solver's memory arguments of the
+    re-run part (a hook that looked weights up would read the last step's). Where that is too much (`is_crowded`), the
     U-Net's own checkpointing is on in these steps, and `CROWD` pictures at most share a call, so that memory does not
-    grow with N; the latents are then `sample`'s within float error, as other batch sizes round differently.
+    grow with N; the latents are then `sample`'s within float error, as other batch sizes round differently. Levels,
+    told timesteps and guidance of the course may need a gradient like the weights.
     """
-    crowded = is_crowded(model, attachment, x, cond)
+    crowded, kept = is_crowded(model, attachment, x, cond), keeps_activations(model, attachment, x, cond, len(course))
     parts = [slice(i, i + CROWD) for i in range(0, len(x), CROWD)] if crowded else [slice(None)]
-    for i, t in enumerate(ts):
-        t_next = ts[i + 1] if i + 1 < len(ts) else None
-        row = weights(model.sigma(t))
+    memory: Memory = ()
+    for i, sigma in enumerate(course.sigmas):
+        row = weights(sigma)
+        call = told_scale(model, cond, None if course.guidance is None else course.guidance[i])
 
         def step(
-            x: Tensor, row: Row | None, cond: Condition, t: int = t, t_next: int | None = t_next
-        ) -> Tensor:
+            x: Tensor, row: Row | None, cond: Condition, memory: Memory, part: slice, i: int = i
+        ) -> tuple[Tensor, Memory]:
             seen = x.detach() if path.mode == "detached" else x
             if isinstance(row, Sided):
                 row = row.rows(len(x), cond.negative is not None)
-            with checkpointed_blocks(model.unet) if crowded else nullcontext():
-                out = in_range(lambda x, row: predict(model, attachment, x, t, cond, row), model.dtype, seen, row)
-            return ddim_step(model, guide(out, cond), x, t, t_next)
 
-        if path.trains(i, len(ts), offset):
-            ends = [checkpoint(step, x[p], _part(row, p), cond.rows(p), use_reentrant=False) for p in parts]
-            x = torch.cat(ends)
+            def network(x: Tensor, row: Tensor | None, t: Tensor | None, scale: Tensor | None) -> Tensor:
+                told = course.told[i] if t is None else t
+                return predict(model, attachment, x, told, told_scale(model, cond, scale), row)
+
+            dials = (v if isinstance(v, Tensor) else None for v in (course.told[i], cond.guidance))
+            with checkpointed_blocks(model.unet) if crowded else nullcontext():
+                out = in_range(network, model.dtype, seen, row, *dials)
+            return advance(model, course, i, out, cond, x, memory, part)
+
+        if path.trains(i, len(course), offset):
+            ends = []
+            for p in parts:
+                given = x[p], _part(row, p), call.rows(p), tuple(m[p] for m in memory), p
+                ends.append(step(*given) if kept else checkpoint(step, *given, use_reentrant=False))
+            x = torch.cat([end for end, _ in ends])
+            memory = tuple(torch.cat(m) for m in zip(*(memory for _, memory in ends), strict=True))
         else:
             with torch.no_grad():
-                outs = [predict(model, attachment, x[p], t, cond.rows(p), _part(row, p)) for p in parts]
-                out = torch.cat([guide(out, cond.rows(p)) for out, p in zip(outs, parts, strict=True)])
-            x = ddim_step(model, out, x, t, t_next)  # the linear part keeps its gradient, there is none if truncated
+                outs = [
+                    predict(model, attachment, x[p], course.told[i], call.rows(p), _part(row, p)) for p in parts
+                ]
+                out = outs[0]
+                if len(outs) > 1:  # both sides of guidance apart, as the sampler expects them
+                    sides = [out.chunk(1 if cond.negative is None else 2) for out in outs]
+                    out = torch.cat([torch.cat(side) for side in zip(*sides, strict=True)])
+            x, memory = advance(model, course, i, out, cond, x, memory)  # the linear part keeps its gradient, if any
     return x
 
 
@@ -110,6 +133,28 @@ def _part(row: Row | None, pictures: slice) -> Row | None:
     return row[pictures] if row is not None and row.ndim == 2 else row
 
 
+def keeps_activations(model: Model, attachment: Attachment, x: Tensor, cond: Condition, calls: int) -> bool:
+    """Whether the activations of all `calls` fit, so that nothing is computed twice: by `ROOM`, or half of what is free
+    on a GPU. Only where `model.checkpointing` is auto."""
+    if model.checkpointing != "auto":
+        return False
+    room = float(ROOM)
+    if x.device.type == "cuda":
+        room = 0.5 * _free(x.device)
+    return calls * _call_bytes(model, attachment, x, cond) < room
+
+
+def _call_bytes(model: Model, attachment: Attachment, x: Tensor, cond: Condition) -> float:
+    """What a U-Net call with all pictures `x` and its backward pass take."""
+    rows = x.shape[0] * (1 if cond.negative is None else 2)
+    return rows * model.row_bytes(attachment.sites, attachment.mode, x.shape[1:], cond.positive.shape[1:])
+
+
+def _free(device: torch.device) -> int:
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def is_crowded(model: Model, attachment: Attachment, x: Tensor, cond: Condition) -> bool:
     """Whether the steps of a gradient need the U-Net's own checkpointing, as `model.checkpointing` says.
 
@@ -118,7 +163,4 @@ def is_crowded(model: Model, attachment: Attachment, x: Tensor, cond: Condition)
     """
     if model.checkpointing != "auto" or x.device.type != "cuda":
         return model.checkpointing == "on"
-    unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-    free = torch.cuda.mem_get_info(x.device)[0] + unused
-    rows = x.shape[0] * (1 if cond.negative is None else 2)
-    return rows * model.row_bytes(attachment.sites, attachment.mode, x.shape[1:], cond.positive.shape[1:]) > 0.8 * free
+    return _call_bytes(model, attachment, x, cond) > 0.8 * _free(x.device)

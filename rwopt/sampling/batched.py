@@ -2,7 +2,8 @@
 
 Candidates of one start differ in their weights and guidance scales. Trajectories part at the first step in which the
 weights differ; scales part them only after that step's U-Net call, since they enter behind it. What has parted goes
-through the U-Net as rows of one batch, each with its own weights, as far as the batch reaches.
+through the U-Net as rows of one batch, each with its own weights, as far as the batch reaches. A U-Net that is told
+the scale (LCM's) parts them before the call.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import torch
 from torch import Tensor
 
 from rwopt.models import Model
-from rwopt.sampling.denoise import Condition, Row, Sided, guide, predict
-from rwopt.sampling.sample import Weights, ddim_step
+from rwopt.sampling.course import Course
+from rwopt.sampling.denoise import Condition, Row, Sided, predict, told_scale
+from rwopt.sampling.sample import Weights, advance
+from rwopt.sampling.solvers import Memory, Number
 from rwopt.unet.attachment import Attachment
 
 
 @dataclass
 class Branch:
-    """Candidates (their numbers) that are still one: latents [N, C, h, w], and their weights [S] of the next call."""
+    """Candidates (their numbers) that are still one: latents [N, C, h, w], their weights [S] of the next call, and what
+    the solver remembers."""
 
     latents: Tensor
     members: list[int]
     weights: Row | None = None
+    memory: Memory = ()
 
 
 @torch.no_grad()
@@ -34,47 +39,58 @@ def sample_batched(
     attachment: Attachment,
     x: Tensor,
     cond: Condition,
-    ts: list[int],
+    course: Course,
     candidates: Sequence[tuple[float, Weights | None]],
     batch: int = 64,
 ) -> list[Tensor]:
-    """Clean latents [N, C, h, w] of each candidate (guidance scale, weights) from `x` [N, C, h, w] at level `ts[0]`.
+    """Clean latents [N, C, h, w] of each candidate (guidance scale, weights) from `x` [N, C, h, w] at the first level.
 
     batch: pictures that one U-Net call may hold; it takes N at least. `cond.guidance` is not looked at; all scales have
-    effect, if `cond` has negative rows. A candidate gets what `sample` gives it alone: to the bit if `batch` < 2 N,
-    else within float error, as other batch sizes round differently.
+    effect, if `cond` has negative rows and the course no guidance of its own. A candidate gets what `sample` gives it
+    alone: to the bit if `batch` < 2 N, else within float error, as other batch sizes round differently.
     """
     branches = [Branch(x, list(range(len(candidates))))]
-    scales = [scale for scale, _ in candidates]
-    for i, t in enumerate(ts):
-        t_next = ts[i + 1] if i + 1 < len(ts) else None
-        rows = [None if weights is None else weights(model.sigma(t)) for _, weights in candidates]
+    scales = [scale if course.guidance is None else 0.0 for scale, _ in candidates]
+    told = model.guidance_width is not None
+    for i, sigma in enumerate(course.sigmas):
+        rows = [None if weights is None else weights(sigma) for _, weights in candidates]
+        keys = [(_bits(row), scale if told else None) for row, scale in zip(rows, scales, strict=True)]
         parted = [
-            Branch(b.latents, group, rows[group[0]]) for b in branches for group in _alike(b.members, map(_bits, rows))
+            Branch(b.latents, group, rows[group[0]], b.memory) for b in branches for group in _alike(b.members, keys)
         ]
         branches = []
         for group in _alike(range(len(parted)), [b.weights is None for b in parted]):
             for part in _cut([parted[k] for k in group], max(1, batch // len(x))):
-                for branch, out in zip(part, _call(model, attachment, part, cond, t), strict=True):
+                heard = [scales[b.members[0]] if course.guidance is None else course.guidance[i] for b in part]
+                outs = _call(model, attachment, part, cond, course.told[i], heard)
+                for branch, out in zip(part, outs, strict=True):
                     for members in _alike(branch.members, scales):
-                        guided = guide(out, replace(cond, guidance=scales[members[0]]))
-                        branches.append(Branch(ddim_step(model, guided, branch.latents, t, t_next), members))
+                        own = replace(cond, guidance=scales[members[0]])
+                        end, memory = advance(model, course, i, out, own, branch.latents, branch.memory)
+                        branches.append(Branch(end, members, memory=memory))
     ends = {member: branch.latents for branch in branches for member in branch.members}
     return [ends[i] for i in range(len(candidates))]
 
 
-def _call(model: Model, attachment: Attachment, part: Sequence[Branch], cond: Condition, t: int) -> list[Tensor]:
-    """`predict` for several branches at once: the raw output of each, its negative rows first."""
+def _call(
+    model: Model, attachment: Attachment, part: Sequence[Branch], cond: Condition, t: Number, scales: Sequence[Number]
+) -> list[Tensor]:
+    """`predict` for several branches at once: the raw output of each, its negative rows first.
+
+    scales: guidance of each, for a U-Net that is told it."""
     n, size = len(part), len(part[0].latents)
     if n == 1:
-        return [predict(model, attachment, part[0].latents, t, cond, part[0].weights)]
-    negative = None if cond.negative is None else torch.cat([cond.negative] * n)
+        own = told_scale(model, cond, scales[0])
+        return [predict(model, attachment, part[0].latents, t, own, part[0].weights)]
+    own = replace(cond.times(n), guidance=torch.tensor([float(s) for s in scales]).repeat_interleave(size))
     out = predict(
-        model, attachment, torch.cat([b.latents for b in part]), t, Condition(torch.cat([cond.positive] * n), negative),
+        model, attachment, torch.cat([b.latents for b in part]), t, own,
         _stacked([b.weights for b in part if b.weights is not None], size),
     )  # fmt: skip
     pieces = torch.split(out, size)
-    return list(pieces) if negative is None else [torch.cat(pair) for pair in zip(pieces[:n], pieces[n:], strict=True)]
+    if cond.negative is None:
+        return list(pieces)
+    return [torch.cat(pair) for pair in zip(pieces[:n], pieces[n:], strict=True)]
 
 
 def _stacked(weights: Sequence[Row], size: int) -> Row | None:

@@ -10,16 +10,17 @@ and from the mix come the clean picture and the noise that it takes `x_t` to be 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rwopt.errors import UserError
 from rwopt.models import Model
-from rwopt.sampling.noise import alpha_bar
+from rwopt.sampling.solvers import Number
 from rwopt.unet.attachment import Attachment
 
 
@@ -28,27 +29,68 @@ class Condition:
     """Text for N pictures: `positive` [N, L, D]; `negative` of the same shape, or None for no guidance.
 
     `guidance` is one scale or one a picture [N]. With `negative`, a U-Net call has 2N rows: negative, then positive.
+    A U-Net that is told the scale (`Model.guidance_width`) has no negative rows, and is told this one.
+    added, added_negative: what the U-Net takes beside the embeddings (`Model.added`), each [N, ...], of the two sides.
     """
 
     positive: Tensor
     negative: Tensor | None = None
     guidance: float | Tensor = 1.0
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    added_negative: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: slice) -> Condition:
         """The condition of some of the pictures."""
+        return self._each(lambda x: x[index])
+
+    def times(self, n: int) -> Condition:
+        """Of all pictures, `n` times over."""
+        return self._each(lambda x: torch.cat([x] * n))
+
+    def unguided(self) -> Condition:
+        """Without negative rows; the scale stays, for a U-Net that is told it."""
+        return replace(self, negative=None, added_negative={})
+
+    def _each(self, part: Callable[[Tensor], Tensor]) -> Condition:
         return Condition(
-            self.positive[index],
-            None if self.negative is None else self.negative[index],
-            self.guidance[index] if isinstance(self.guidance, Tensor) else self.guidance,
+            part(self.positive),
+            None if self.negative is None else part(self.negative),
+            part(self.guidance) if isinstance(self.guidance, Tensor) and self.guidance.ndim else self.guidance,
+            {name: part(x) for name, x in self.added.items()},
+            {name: part(x) for name, x in self.added_negative.items()},
         )
 
 
-def condition(model: Model, prompts: list[str], guidance: float | Tensor, negative: str = "") -> Condition:
-    """Prompts and a guidance scale as a `Condition`; scale 1 everywhere needs no negative rows."""
-    positive = model.encode(prompts)
+def condition(model: Model, prompts: list[str], guidance: float | Tensor, negative: str | None = None) -> Condition:
+    """Prompts and a guidance scale as a `Condition`; scale 1 everywhere needs no negative rows.
+
+    negative: negative prompt of all pictures, "" for none; None: the model's own.
+    """
+    text = model.texts.positive(prompts)
+    added = model.added(text)
+    if model.guidance_width is not None:
+        return Condition(text.tokens, None, guidance, added)
     if not isinstance(guidance, Tensor) and guidance == 1:
-        return Condition(positive)
-    return Condition(positive, model.encode([negative] * len(prompts)), guidance)
+        return Condition(text.tokens, added=added)
+    other = model.texts.negative([model.negative if negative is None else negative] * len(prompts))
+    return Condition(text.tokens, other.tokens, guidance, added, model.added(other))
+
+
+def told_scale(model: Model, cond: Condition, scale: float | Tensor | None) -> Condition:
+    """`cond` for a call whose guidance scale is `scale`, if the U-Net is told it; None: the condition's own."""
+    return cond if scale is None or model.guidance_width is None else replace(cond, guidance=scale)
+
+
+def guidance_embedding(scale: float | Tensor, rows: int, width: int) -> Tensor:
+    """What a U-Net is told of guidance scales, one or one a row: [rows, width], float32.
+
+    Sines and cosines of 1000 (scale - 1) at falling frequencies (Luo et al., 2023, arXiv 2310.04378, section 4.2; their
+    scale counts from 0, that of pipelines from 1).
+    """
+    scales = torch.as_tensor(scale, dtype=torch.float32).expand(rows)
+    frequencies = torch.logspace(0, -4, width // 2, dtype=torch.float64).to(scales)
+    angles = 1000 * (scales - 1)[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
 
 
 class Sided(NamedTuple):
@@ -69,9 +111,9 @@ Row = Tensor | Sided
 
 
 def predict(
-    model: Model, attachment: Attachment, x: Tensor, t: int, cond: Condition, weights: Row | None = None
+    model: Model, attachment: Attachment, x: Tensor, t: Number, cond: Condition, weights: Row | None = None
 ) -> Tensor:
-    """One U-Net call at timestep `t`: raw output [2N, C, h, w] (negative, positive) if guided, else [N, ...].
+    """One U-Net call that is told timestep `t`: raw output [2N, C, h, w] (negative, positive) if guided, else [N, ...].
 
     Float32, or float64 from a float64 U-Net.
     `weights`: [S], [N, S] (a picture's row serves both its halves), [2N, S], `Sided`, or None for the plain model; best
@@ -80,40 +122,45 @@ def predict(
     model.calls += 1
     if isinstance(weights, Sided):
         weights = weights.rows(len(x), cond.negative is not None)
-    text = cond.positive
+    text, added = cond.positive, dict(cond.added)
     if cond.negative is not None:
         x, text = torch.cat([x, x]), torch.cat([cond.negative, cond.positive])
+        added = {name: torch.cat([cond.added_negative[name], own]) for name, own in added.items()}
         if weights is not None and weights.ndim == 2 and 2 * len(weights) == len(x):
             weights = torch.cat([weights, weights])
-    out: Tensor = attachment(x.to(model.dtype), t, text.to(model.dtype), weights)
+    more: dict[str, Any] = {}
+    if added:  # sizes keep their precision: half would round them
+        pooled = {"text_embeds": added["text_embeds"].to(model.dtype)} if "text_embeds" in added else {}
+        more["added_cond_kwargs"] = added | pooled
+    if (width := model.guidance_width) is not None:
+        more["timestep_cond"] = guidance_embedding(cond.guidance, len(x), width).to(x.device, model.dtype)
+    out: Tensor = attachment(x.to(model.dtype), t, text.to(model.dtype), weights, **more)
     return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
-def guide(out: Tensor, cond: Condition) -> Tensor:
-    """Classifier-free guidance of `predict`'s rows: [N, C, h, w]."""
+def guide(out: Tensor, cond: Condition, scale: float | Tensor | None = None) -> Tensor:
+    """Classifier-free guidance of `predict`'s rows: [N, C, h, w]. `scale`: None for the condition's own."""
     if cond.negative is None:
         return out
     negative, positive = out.chunk(2)
-    scale = cond.guidance
-    if isinstance(scale, Tensor):
+    scale = cond.guidance if scale is None else scale
+    if isinstance(scale, Tensor) and scale.ndim:
         scale = scale.to(out).view(-1, 1, 1, 1)
     return negative + scale * (positive - negative)
 
 
-def noise_in(model: Model, out: Tensor, x: Tensor, t: int | None) -> Tensor:
-    """The noise in `x` according to a (guided) output at level `t`; all [N, C, h, w]."""
+def clean_in(model: Model, out: Tensor, x: Tensor, signal: Number, noise: Number) -> Tensor:
+    """The clean picture in `x` according to a (guided) output at the level `x = signal x_0 + noise e`; [N, C, h, w]."""
     kind = model.scheduler.config.prediction_type
+    if kind == "v_prediction":  # no division: sound at zero terminal SNR too
+        return signal * x - noise * out
     if kind == "epsilon":
-        return out
-    if kind == "v_prediction":
-        alpha = alpha_bar(model, t)
-        return math.sqrt(alpha) * out + math.sqrt(1 - alpha) * x
+        return (x - noise * out) / signal
     raise UserError(f"prediction_type={kind} is not supported: epsilon or v_prediction")
 
 
-def clean_in(model: Model, out: Tensor, x: Tensor, t: int | None) -> Tensor:
-    """The clean picture in `x` likewise."""
-    alpha = alpha_bar(model, t)
-    if model.scheduler.config.prediction_type == "v_prediction":  # no division: sound at zero terminal SNR too
-        return math.sqrt(alpha) * x - math.sqrt(1 - alpha) * out
-    return (x - math.sqrt(1 - alpha) * noise_in(model, out, x, t)) / math.sqrt(alpha)
+def noise_in(model: Model, out: Tensor, x: Tensor, signal: Number, noise: Number) -> Tensor:
+    """The noise in `x` likewise."""
+    if model.scheduler.config.prediction_type == "v_prediction":
+        return signal * out + noise * x
+    return out

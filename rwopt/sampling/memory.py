@@ -19,6 +19,7 @@ from torch import Tensor
 from rwopt.models import Model
 from rwopt.models.memory import counting, twin
 from rwopt.sampling.backprop import GradientPath, unroll
+from rwopt.sampling.course import course_at
 from rwopt.sampling.denoise import Condition
 from rwopt.unet.attachment import Attachment
 
@@ -60,8 +61,8 @@ def update_memory(
         table = torch.ones(steps, len(sites), requires_grad=True)
         text = torch.empty(pictures, tokens, fake.unet.config.cross_attention_dim)
         cond = Condition(text, text if guided else None, 7.5)
-        ts = [len(noise.alphas_cumprod) * (steps - i) // (steps + 1) for i in range(steps)]
-        rows = {fake.sigma(t): i for i, t in enumerate(ts)}
+        course = course_at(fake, [len(noise.alphas_cumprod) * (steps - i) // (steps + 1) for i in range(steps)])
+        rows = {sigma: i for i, sigma in enumerate(course.sigmas)}
         decoder = 0
 
         def decoded(_: Tensor) -> None:
@@ -70,7 +71,7 @@ def update_memory(
 
         with Attachment(fake.unet, sites) as attachment:
             x = torch.empty(pictures, *fake.latent_shape, requires_grad=True)  # as that of a later step would
-            end = unroll(fake, attachment, x, cond, ts, lambda sigma: table[rows[sigma]], path)
+            end = unroll(fake, attachment, x, cond, course, lambda sigma: table[rows[sigma]], path)
             end.register_hook(decoded)  # type: ignore[no-untyped-call]
             torch.autograd.grad(fake.decode(end).square().mean(), [table, x])
         return Update(weights, decoder, live.peak)

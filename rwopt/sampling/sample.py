@@ -1,16 +1,11 @@
-"""The sampling loop of a search: deterministic DDIM with per-row weights, gradient as an explicit switch.
-
-DDIM (Song et al., 2021, arXiv 2010.02502, equation 12 with eta = 0) goes from x_t to the next level s by
-
-    x_s = sqrt(abar_s) x_0(x_t) + sqrt(1 - abar_s) eps(x_t) .
+"""The sampling loop of a search: any sampler on any course, with per-row weights, gradient as an explicit switch.
 
 Candidates are told apart by row: the weights of a call are [S] (one schedule) or [N, S] (one for each picture), so a
-tuner evaluates many at once.
+tuner evaluates many at once. Steps from one noise level to the next: `rwopt.sampling.solvers`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,22 +14,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rwopt.models import Model
-from rwopt.sampling.denoise import Condition, Row, clean_in, guide, noise_in, predict
-from rwopt.sampling.noise import add_noise, alpha_bar
+from rwopt.sampling.course import Course
+from rwopt.sampling.denoise import Condition, Row, clean_in, guide, noise_in, predict, told_scale
+from rwopt.sampling.solvers import Memory
 from rwopt.unet.attachment import Attachment
 
 Weights = Callable[[float], Row | None]  # sigma -> [S], [N, S], two sides of guidance, or None (plain)
 
 
 class Callback(Protocol):
-    def __call__(self, i: int, t: int, x: Tensor) -> None: ...
+    def __call__(self, i: int, x: Tensor) -> None: ...
 
 
-def ddim_step(model: Model, out: Tensor, x: Tensor, t: int | None, t_next: int | None) -> Tensor:
-    """From noise level `t` to `t_next` (None: the clean end), by the guided output `out`; all [N, C, h, w]."""
-    clean, noise = clean_in(model, out, x, t), noise_in(model, out, x, t)
-    alpha = alpha_bar(model, t_next)
-    return math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise
+def advance(
+    model: Model, course: Course, i: int, out: Tensor, cond: Condition, x: Tensor, memory: Memory,
+    rows: slice = slice(None),
+) -> tuple[Tensor, Memory]:  # fmt: skip
+    """From level `i` of a course to the next by the raw output of the U-Net (`predict`): latents [N, C, h, w], and what
+    the solver remembers. rows: which of the course's pictures these are."""
+    guided = guide(out, cond, None if course.guidance is None else course.guidance[i])
+    clean = clean_in(model, guided, x, course.levels.signal[i], course.levels.noise[i])
+    return course.step(i, x, clean, memory, rows)
 
 
 def sample(
@@ -42,39 +42,42 @@ def sample(
     attachment: Attachment,
     x: Tensor,
     cond: Condition,
-    ts: list[int],
+    course: Course,
     weights: Weights | None = None,
     grad: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Run DDIM from `x` [N, C, h, w] at noise level `ts[0]` to clean latents [N, C, h, w].
+    """Run from `x` [N, C, h, w] at the course's first level to clean latents [N, C, h, w].
 
     `grad=True` keeps the gradient with respect to `x`, the text and the weights; each step is checkpointed and its
-    weights are an argument of the re-run part. `callback` sees `x` before each step.
+    weights and the solver's memory are arguments of the re-run part. `callback` sees `x` before each step.
     """
+    memory: Memory = ()
     with torch.set_grad_enabled(grad):
-        for i, t in enumerate(ts):
+        for i, sigma in enumerate(course.sigmas):
             if callback is not None:
-                callback(i=i, t=t, x=x)
-            t_next = ts[i + 1] if i + 1 < len(ts) else None
-            row = None if weights is None else weights(model.sigma(t))
+                callback(i=i, x=x)
+            row = None if weights is None else weights(sigma)
 
-            def step(x: Tensor, row: Row | None, t: int = t, t_next: int | None = t_next) -> Tensor:
-                return ddim_step(model, guide(predict(model, attachment, x, t, cond, row), cond), x, t, t_next)
+            def step(x: Tensor, row: Row | None, memory: Memory, i: int = i) -> tuple[Tensor, Memory]:
+                own = None if course.guidance is None else course.guidance[i]
+                out = predict(model, attachment, x, course.told[i], told_scale(model, cond, own), row)
+                return advance(model, course, i, out, cond, x, memory)
 
-            x = checkpoint(step, x, row, use_reentrant=False) if grad else step(x, row)
+            x, memory = checkpoint(step, x, row, memory, use_reentrant=False) if grad else step(x, row, memory)
     return x
 
 
 @torch.no_grad()
-def invert(model: Model, attachment: Attachment, z: Tensor, cond: Condition, ts: list[int]) -> Tensor:
-    """DDIM inversion of clean latents `z` up to noise level `ts[0]` with the plain model: [N, C, h, w]."""
-    t: int | None = None
-    for t_next in reversed(ts):
+def invert(model: Model, attachment: Attachment, z: Tensor, cond: Condition, course: Course) -> Tensor:
+    """DDIM inversion of clean latents `z` up to the course's first level with the plain model: [N, C, h, w]."""
+    signal, noise = 1.0, 0.0
+    for i in reversed(range(len(course))):
         # The output is asked for at the upper level (as in Song et al., 2021, section 4.3) and must be read there too:
         # read at the lower level, as in diffusers' inverse scheduler, a v-prediction ends up to 5 times further off.
-        noise = noise_in(model, guide(predict(model, attachment, z, t_next, cond), cond), z, t_next)
-        alpha = alpha_bar(model, t)
-        z = add_noise(model, (z - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha), noise, t_next)
-        t = t_next
+        up = float(course.levels.signal[i]), float(course.levels.noise[i])
+        out = guide(predict(model, attachment, z, course.told[i], cond), cond)
+        e = noise_in(model, out, z, *up)
+        z = up[0] * (z - noise * e) / signal + up[1] * e
+        signal, noise = up
     return z

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import spearmanr
 
 from rwopt.models import Model
+from rwopt.sampling.course import Course, course_at
 from rwopt.sampling.denoise import Condition
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
@@ -17,11 +18,11 @@ N, K, S = 2, 2, 7  # pictures, steps, sites (of the tiny U-Net, in 5 blocks)
 TS = [700, 300]
 
 
-def inputs(guided: bool = True) -> tuple[torch.Tensor, Condition, list[int]]:
+def inputs(model: Model, guided: bool = True, steps: int = K) -> tuple[torch.Tensor, Condition, Course]:
     g = torch.Generator().manual_seed(0)
     text = torch.randn(2, N, 5, 12, generator=g)
     cond = Condition(text[0], text[1] if guided else None, 3.0 if guided else 1.0)
-    return torch.randn(N, 4, 8, 8, generator=g), cond, TS
+    return torch.randn(N, 4, 8, 8, generator=g), cond, course_at(model, TS[:steps])
 
 
 def attach(model: Model, mode: str) -> Attachment:

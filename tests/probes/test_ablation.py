@@ -15,13 +15,13 @@ from rwopt.sampling.denoise import predict
 
 
 def test_ablation_is_the_relative_error_of_a_skip(model: Model) -> None:
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model)
     weights = torch.ones(S)
     weights[3] = 0
     with attach(model, "residual") as attachment, torch.no_grad():
-        found = make_probe("ablation")(model, attachment, x, cond, ts)
-        plain, cut = (predict(model, attachment, x, ts[0], cond, w) for w in (None, weights))
-        by_block = make_probe("ablation", by="block")(model, attachment, x, cond, ts)
+        found = make_probe("ablation")(model, attachment, x, cond, course)
+        plain, cut = (predict(model, attachment, x, course.told[0], cond, w) for w in (None, weights))
+        by_block = make_probe("ablation", by="block")(model, attachment, x, cond, course)
     ratios = [
         float((cut[[n, N + n]] - plain[[n, N + n]]).square().sum() / plain[[n, N + n]].square().sum()) for n in (0, 1)
     ]
@@ -34,10 +34,10 @@ def test_ablation_in_output_mode_would_cut_the_stream(model: Model) -> None:
     with attach(model, "output") as attachment:
         for name in ("gram", "shapley"):
             with pytest.raises(UserError, match="mode=residual"):
-                make_probe(name)(model, attachment, *inputs())
+                make_probe(name)(model, attachment, *inputs(model))
         with pytest.raises(UserError, match="mode=residual"):
-            make_probe("ablation")(model, attachment, *inputs())
-        found = make_probe("ablation", value=0.97)(model, attachment, *inputs())
+            make_probe("ablation")(model, attachment, *inputs(model))
+        found = make_probe("ablation", value=0.97)(model, attachment, *inputs(model))
     assert (found.scores > 0).all()
 
 

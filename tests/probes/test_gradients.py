@@ -16,38 +16,38 @@ from rwopt.sampling.sample import sample
 
 
 def test_reward_gradient_agrees_with_finite_differences(model: Model) -> None:
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model)
     target = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def reward(z: torch.Tensor) -> torch.Tensor:
         return -(z - target).square().flatten(1).sum(1)
 
     with attach(model, "residual") as attachment:
-        full = make_probe("reward_gradient", reward=reward)(model, attachment, x, cond, ts)
-        local = make_probe("reward_gradient", reward=reward, trajectory="teacher")(model, attachment, x, cond, ts)
+        full = make_probe("reward_gradient", reward=reward)(model, attachment, x, cond, course)
+        local = make_probe("reward_gradient", reward=reward, trajectory="teacher")(model, attachment, x, cond, course)
         for k, s in ((0, 2), (1, 5)):
             ends = []
             for h in (1e-2, -1e-2):
                 table = torch.ones(K, S)
                 table[k, s] += h
-                rows = {model.sigma(t): row for t, row in zip(ts, table, strict=True)}
-                ends.append(reward(sample(model, attachment, x, cond, ts, lambda sigma, r=rows: r[sigma])).mean())
+                rows = {sigma: row for sigma, row in zip(course.sigmas, table, strict=True)}
+                ends.append(reward(sample(model, attachment, x, cond, course, lambda sigma, r=rows: r[sigma])).mean())
             assert full.scores[k, s] == pytest.approx(float(ends[0] - ends[1]) / 2e-2, rel=0.03, abs=1e-4)
         with pytest.raises(UserError, match="task_reward"):
-            make_probe("reward_gradient")(model, attachment, x, cond, ts)
+            make_probe("reward_gradient")(model, attachment, x, cond, course)
     np.testing.assert_allclose(local.scores[-1], full.scores[-1], rtol=1e-5)  # after the last step no input is left
     assert (local.scores[0] != full.scores[0]).all()
 
 
 @pytest.mark.parametrize("mode", ["residual", "output"])
 def test_gradient_norm_agrees_with_finite_differences(mode: str, model: Model) -> None:
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model)
     with attach(model, mode) as attachment:
-        found = make_probe("gradient_norm")(model, attachment, x, cond, ts)
+        found = make_probe("gradient_norm")(model, attachment, x, cond, course)
         for s in (0, 2, 6):
             with torch.no_grad():
                 up, down = (
-                    predict(model, attachment, x, ts[0], cond, torch.ones(S) + h * torch.eye(S)[s])
+                    predict(model, attachment, x, course.told[0], cond, torch.ones(S) + h * torch.eye(S)[s])
                     .square()
                     .flatten(1)
                     .mean(1)

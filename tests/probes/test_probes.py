@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.probes import K, S, attach, inputs
+from helpers.probes import TS, K, S, attach, inputs
 
 from rwopt.errors import UserError
 from rwopt.models import Model
@@ -62,19 +62,19 @@ def legacy_state() -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "trajectory", "guided"), CASES)
 def test_contract(name: str, trajectory: str | None, guided: bool, model: Model, tmp_path: Path) -> None:
-    x, cond, ts = inputs(guided)
+    x, cond, course = inputs(model, guided)
     kept, rng = x.clone(), (legacy_state(), torch.get_rng_state())
     probe = make_probe(name, **SMALL[name], **({} if trajectory is None else {"trajectory": trajectory}))
     with attach(model, probe.mode) as attachment:
         hooks = [len(m._forward_hooks) for m in model.unet.modules()]
-        found = probe(model, attachment, x, cond, ts)
+        found = probe(model, attachment, x, cond, course)
         used = model.calls
-        again = probe(model, attachment, x, cond, ts)
+        again = probe(model, attachment, x, cond, course)
         assert [len(m._forward_hooks) for m in model.unet.modules()] == hooks
 
     assert found.sites == attachment.sites
     assert found.method == name
-    assert found.sigmas == pytest.approx([model.sigma(t) for t in ts])
+    assert found.sigmas == pytest.approx([model.sigma(t) for t in TS])
     assert found.scores.shape == (K, S)
     assert np.isfinite(found.scores).all()
     assert name in SIGNED or (found.scores >= 0).all()

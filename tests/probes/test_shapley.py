@@ -20,10 +20,10 @@ from rwopt.unet.sites import list_sites
 
 
 def test_shapley_sampling_is_exact_enumeration_in_expectation(model: Model) -> None:
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model, steps=1)
     ids = [s.id for s in list_sites(model.unet)][:3]  # few enough to try all 3! orders
     with Attachment(model.unet, ids) as attachment, torch.no_grad():
-        teacher = Teacher(model, attachment, x, cond, ts[:1])
+        teacher = Teacher(model, attachment, x, cond, course)
         for i, plain in enumerate(teacher.run()):
             loss = skip_loss(teacher.predict, i, plain, N)
             exact = exact_shapley(every_subset(loss, 3))
@@ -35,10 +35,10 @@ def test_shapley_sampling_is_exact_enumeration_in_expectation(model: Model) -> N
 @pytest.mark.parametrize("m", [1, 2])
 def test_each_picture_has_its_own_orders_for_the_price_of_one(model: Model, m: int) -> None:
     """Against the exact values of each picture, over all orders that two pictures can draw together."""
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model, steps=1)
     ids = [s.id for s in list_sites(model.unet)][:3]
     with Attachment(model.unet, ids) as attachment, torch.no_grad():
-        teacher = Teacher(model, attachment, x, cond, ts[:1])
+        teacher = Teacher(model, attachment, x, cond, course)
         (plain,) = teacher.run()
         loss = skip_loss(teacher.predict, 0, plain, N)
         exact = exact_shapley(every_subset(loss, 3))
@@ -52,7 +52,7 @@ def test_each_picture_has_its_own_orders_for_the_price_of_one(model: Model, m: i
             assert all(share.sum(0) == pytest.approx(exact.sum(0)) for share in sums[-1])  # to the end, in any order
         np.testing.assert_allclose(np.mean(sums, (0, 1)), exact, rtol=1e-5)
     with Attachment(model.unet, ids) as attachment:
-        made = [make_probe("shapley", permutations=m, seed=s)(model, attachment, x, cond, ts[:1]) for s in range(60)]
+        made = [make_probe("shapley", permutations=m, seed=s)(model, attachment, x, cond, course) for s in range(60)]
     assert {p.calls for p in made} == {2 + m * 2}
     np.testing.assert_allclose(np.mean([p.scores[0] for p in made], 0), exact.mean(1), atol=0.02 * exact.max())
 

@@ -19,7 +19,7 @@ from rwopt.unet.sites import list_sites
 @pytest.mark.parametrize("kinds", [("transformer",), ("self", "cross", "ff")])
 def test_snr_slope_agrees_with_scaling_the_branch(kinds: tuple[str, ...], model: Model) -> None:
     """The derivative of the log-SNR that one reads after really scaling the branch by 1 +- h."""
-    x, cond, _ = inputs(guided=False)
+    x, cond, _ = inputs(model, guided=False)
     sites = list_sites(model.unet, kinds)
     site = next(i for i, s in enumerate(sites) if s.path.startswith("up_blocks.1"))  # one transformer block each
     draws = torch.randn(4, *x.shape, generator=torch.Generator().manual_seed(3)) * 0.5
@@ -40,7 +40,7 @@ def test_snr_slope_agrees_with_scaling_the_branch(kinds: tuple[str, ...], model:
 
 def test_snr_needs_a_branch(model: Model) -> None:
     with attach(model, "output") as attachment, pytest.raises(UserError, match="keeps its SNR"):
-        make_probe("snr")(model, attachment, *inputs())
+        make_probe("snr")(model, attachment, *inputs(model))
 
 
 def test_snr_estimator_finds_known_parts() -> None:

@@ -18,10 +18,10 @@ from rwopt.unet.sites import find_sites, group_sites, list_sites
 
 
 def test_voting_scores_blocks(model: Model) -> None:
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model)
     with attach(model, "output") as attachment:
-        a = make_probe("voting", rounds=2, epochs=3)(model, attachment, x, cond, ts)
-        b = make_probe("voting", teacher="cached", rounds=2, epochs=3)(model, attachment, x, cond, ts)
+        a = make_probe("voting", rounds=2, epochs=3)(model, attachment, x, cond, course)
+        b = make_probe("voting", teacher="cached", rounds=2, epochs=3)(model, attachment, x, cond, course)
     assert a.details["blocks"] == [
         "down_blocks.0",
         "down_blocks.1",
@@ -39,7 +39,7 @@ def test_voting_scores_blocks(model: Model) -> None:
 
 def test_voting_along_the_student_judges_the_final_latents(model: Model) -> None:
     """The walk sees the end of a run in which one step is weighed, skips and all, and the others are plain."""
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model)
     weights, off = np.array([0.9, 1.0, 0.8, 0.7, 0.95]), np.array([False, True, False, False, False])
     seen: list[torch.Tensor] = []
 
@@ -53,26 +53,26 @@ def test_voting_along_the_student_judges_the_final_latents(model: Model) -> None
     for weight, skip, members in zip(weights, off, blocks.values(), strict=True):
         table[members] = 0.0 if skip else weight
     with attach(model, "residual") as attachment:
-        Once(trajectory="student")(model, attachment, x, cond, ts)
-        plain, at = sample(model, attachment, x, cond, ts), [model.sigma(t) for t in ts]
+        Once(trajectory="student")(model, attachment, x, cond, course)
+        plain, at = sample(model, attachment, x, cond, course), list(course.sigmas)
         rows = [{s: torch.as_tensor(table if s == at[i] else np.ones(S)).float() for s in at} for i in range(K)]
-        ends = [sample(model, attachment, x, cond, ts, row.get) for row in rows]
+        ends = [sample(model, attachment, x, cond, course, row.get) for row in rows]
     for found, expected in zip(seen, [plain] * K + ends, strict=True):
         torch.testing.assert_close(found, expected)
     assert not torch.allclose(ends[0], plain)
 
 
 def test_a_skip_in_output_mode_is_the_residual_skip(model: Model) -> None:
-    x, cond, ts = inputs()
+    x, cond, course = inputs(model)
     off = list_sites(model.unet)[2]
     weights = torch.ones(S)
     with torch.no_grad():
         with attach(model, "output") as attachment, _skip(model.unet, [off]):
             weights[2] = 0.9  # must not matter: the published skip is not scaled
-            skipped = predict(model, attachment, x, ts[0], cond, weights)
+            skipped = predict(model, attachment, x, course.told[0], cond, weights)
         with attach(model, "residual") as attachment:
             weights[2] = 0.0
-            assert torch.equal(skipped, predict(model, attachment, x, ts[0], cond, weights))
+            assert torch.equal(skipped, predict(model, attachment, x, course.told[0], cond, weights))
     assert find_sites(model.unet, [off.id])[0].kind == "transformer"
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rwopt.models import Model
 from rwopt.sampling.batched import sample_batched
+from rwopt.sampling.course import course_by_rule
 from rwopt.sampling.denoise import condition
-from rwopt.sampling.noise import timesteps
 from rwopt.sampling.sample import Weights, sample
 from rwopt.schedule import Schedule
 from rwopt.tasks import Dials, make_task
@@ -26,21 +26,22 @@ Candidates = Sequence[tuple[float, Weights | None]]
 
 def late(model: Model, factor: float, first: int, columns: int) -> Weights:
     """Weights that are one until step `first`."""
-    levels = [model.sigma(t) for t in timesteps(model, STEPS)]
+    levels = course_by_rule(model, STEPS).sigmas
     return lambda sigma: torch.full((columns,), factor if levels.index(sigma) >= first else 1.0)
 
 
 def calls_and_ends(
-    model: Model, attachment: Attachment, candidates: Candidates, batch: int
+    model: Model, attachment: Attachment, candidates: Candidates, batch: int, sampler: str = "ddim"
 ) -> tuple[int, list[Tensor]]:
     x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    cond, ts = condition(model, ["a woman", "a man with a beard"], 3.0), timesteps(model, STEPS)
+    cond = condition(model, ["a woman", "a man with a beard"], 3.0)
+    course = course_by_rule(model, STEPS, sampler)
     alone = [
-        sample(model, attachment, x, condition(model, ["a woman", "a man with a beard"], scale), ts, weights)
+        sample(model, attachment, x, condition(model, ["a woman", "a man with a beard"], scale), course, weights)
         for scale, weights in candidates
     ]
     before = model.calls
-    ends = sample_batched(model, attachment, x, cond, ts, candidates, batch)
+    ends = sample_batched(model, attachment, x, cond, course, candidates, batch)
     calls = model.calls - before
     for one, end in zip(alone, ends, strict=True):
         if batch < 2 * len(x):
@@ -50,8 +51,8 @@ def calls_and_ends(
     return calls, ends
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 64])
-def test_trajectories_part_where_the_candidates_do(avatars: Model, batch: int) -> None:
+@pytest.mark.parametrize(("sampler", "batch"), [*(("ddim", n) for n in (1, 2, 3, 64)), ("uni_pc", 3), ("uni_pc", 64)])
+def test_trajectories_part_where_the_candidates_do(avatars: Model, sampler: str, batch: int) -> None:
     sites = [s.id for s in list_sites(avatars.unet)]
     n = len(sites)
     ones = late(avatars, 1.0, 0, n)
@@ -59,7 +60,7 @@ def test_trajectories_part_where_the_candidates_do(avatars: Model, batch: int) -
         # the same twice; from step 1; from step 2; another scale (parts behind step 0); another from the start
         candidates = [(3.0, ones), (3.0, ones), (3.0, late(avatars, 0.8, 1, n)), (3.0, late(avatars, 1.2, 2, n)),
                       (5.0, ones), (3.0, late(avatars, 0.9, 0, n))]  # fmt: skip
-        calls, ends = calls_and_ends(avatars, attachment, candidates, batch)
+        calls, ends = calls_and_ends(avatars, attachment, candidates, batch, sampler)
     outputs = [2, 4, 5]  # U-Net outputs of each step; 18 if every candidate went alone
     assert calls == (sum(outputs) if batch < 4 else STEPS)
     assert ends[0] is ends[1]
@@ -94,9 +95,9 @@ def test_a_tasks_candidates_are_its_images(avatars: Model, batch: int, exact: bo
     assert calls < avatars.calls - before - calls
     for a, b in zip(together, alone, strict=True):
         if exact:
-            assert torch.equal(a, b)
+            assert torch.equal(a.images, b)
         else:
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+            torch.testing.assert_close(a.images, b, rtol=0, atol=2e-3)
 
 
 def test_schedules_for_one_side_of_guidance_share_a_call(avatars: Model) -> None:
@@ -110,7 +111,7 @@ def test_schedules_for_one_side_of_guidance_share_a_call(avatars: Model) -> None
     ]
     alone = [task.images(*point) for point in points]
     for a, b in zip(task.candidates(points), alone, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+        torch.testing.assert_close(a.images, b, rtol=0, atol=2e-3)
     assert not any(torch.allclose(alone[0], other, atol=1e-3) for other in alone[1:])
     plain = task.images(Dials(1.0, 1.0))
     torch.testing.assert_close(alone[5], plain)  # without guidance all rows are conditional

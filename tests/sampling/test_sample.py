@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rwopt.errors import UserError
 from rwopt.models import Model
-from rwopt.sampling.denoise import Condition, condition, guide, predict
-from rwopt.sampling.noise import add_noise, timesteps
-from rwopt.sampling.sample import ddim_step, invert, sample
+from rwopt.sampling.course import Course, course_at, course_by_rule
+from rwopt.sampling.denoise import Condition, clean_in, condition, guide, noise_in, predict
+from rwopt.sampling.noise import add_noise
+from rwopt.sampling.sample import advance, invert, sample
 from rwopt.schedule.weights import hat
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
@@ -56,12 +57,12 @@ def inputs(n: int = 2, dtype: torch.dtype = torch.float32, guidance: float | Ten
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 20, 50, 999, 1000])
 def test_timesteps_are_diffusers_trailing_ones(tiny: Model, steps: int) -> None:
     tiny.scheduler.set_timesteps(steps)
-    assert timesteps(tiny, steps) == tiny.scheduler.timesteps.tolist()
+    assert list(course_by_rule(tiny, steps).told) == tiny.scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("strength", [0.05, 0.3, 0.65, 0.95])
 def test_strength_lowers_the_start_and_keeps_the_number_of_steps(tiny: Model, strength: float) -> None:
-    ts = timesteps(tiny, 8, strength)
+    ts = course_by_rule(tiny, 8, strength=strength).told
     assert len(ts) == 8
     assert ts[0] == round(strength * 1000) - 1
     assert ts[-1] >= 0
@@ -73,7 +74,7 @@ def test_strength_lowers_the_start_and_keeps_the_number_of_steps(tiny: Model, st
 )
 def test_impossible_timesteps_are_refused_in_one_line(tiny: Model, steps: int, strength: float) -> None:
     with pytest.raises(UserError, match=r"^(steps|strength)=[^\n]*$"):
-        timesteps(tiny, steps, strength)
+        course_by_rule(tiny, steps, strength=strength)
 
 
 # --- the stock pipeline
@@ -94,7 +95,7 @@ def test_sampling_equals_the_stock_pipeline(avatars: Model, kind: str, guidance:
     ).images
     model = replace(avatars, scheduler=scheduler(kind))
     with Attachment(model.unet, ()) as attachment:
-        got = sample(model, attachment, x, condition(model, prompts, guidance), timesteps(model, 4))
+        got = sample(model, attachment, x, condition(model, prompts, guidance), course_by_rule(model, 4))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +106,8 @@ def test_a_step_and_noise_equal_the_scheduler(tiny_unet: Any, kind: str) -> None
     x, out = torch.randn(2, 2, 4, 8, 8, generator=g)
     model.scheduler.set_timesteps(5)
     expected = model.scheduler.step(out, 599, x).prev_sample
-    torch.testing.assert_close(ddim_step(model, out, x, 599, 399), expected)
+    got, _ = advance(model, course_at(model, [599, 399]), 0, out, Condition(x), x, ())
+    torch.testing.assert_close(got, expected)
     torch.testing.assert_close(
         add_noise(model, x, out, 700), model.scheduler.add_noise(x, out, torch.tensor([700, 700]))
     )
@@ -115,13 +117,15 @@ def test_zero_terminal_snr_starts_from_pure_noise(tiny_unet: Any) -> None:
     model = model_of(tiny_unet, rescale_betas_zero_snr=True)
     x, cond = inputs()
     assert model.sigma(999) == pytest.approx(4096, rel=1e-3)
-    assert sample(model, attach(model), x, cond, timesteps(model, 2)).isfinite().all()
+    assert sample(model, attach(model), x, cond, course_by_rule(model, 2)).isfinite().all()
 
 
 def test_other_predictions_are_refused(tiny_unet: Any) -> None:
     x, cond = inputs()
+    model = model_of(tiny_unet, "sample")
+    course = course_at(model, [500])
     with pytest.raises(UserError, match="prediction_type=sample"):
-        sample(model_of(tiny_unet, "sample"), Attachment(tiny_unet, ()), x, cond, [500])
+        sample(model, Attachment(tiny_unet, ()), x, cond, course)
 
 
 # --- data whose ideal denoiser is known: x0 ~ N(MEAN, STD^2), independent in each number
@@ -161,7 +165,7 @@ def test_known_data_are_sampled(kind: str) -> None:
     cond = Condition(torch.zeros(64, 1, 1, dtype=torch.float64))
     error = {}
     for steps in (125, 250):
-        got = sample(model, attachment, x, cond, timesteps(model, steps))
+        got = sample(model, attachment, x, cond, course_by_rule(model, steps))
         error[steps] = float((got - flow(model, x, 999)).abs().max())
     assert error[125] < 0.1
     assert error[250] < 0.6 * error[125]  # a first-order method: half the step, about half the error
@@ -177,9 +181,9 @@ def test_inversion_is_undone_by_sampling_in_the_limit(kind: str) -> None:
     cond = Condition(torch.zeros(4, 1, 1, dtype=torch.float64))
     error = {}
     for steps in (20, 200, 400):
-        ts = timesteps(model, steps, 0.7)
-        up = invert(model, attachment, z, cond, ts)
-        error[steps] = float((sample(model, attachment, up, cond, ts) - z).square().mean().sqrt())
+        course = course_by_rule(model, steps, strength=0.7)
+        up = invert(model, attachment, z, cond, course)
+        error[steps] = float((sample(model, attachment, up, cond, course) - z).square().mean().sqrt())
     # 0.037 at 20 steps; a v-prediction read at the lower level, not at the one it was asked for, would give 0.061
     assert error[20] < 0.045
     assert error[400] < 0.6 * error[200] < 0.1 * error[20]
@@ -190,11 +194,11 @@ def test_inversion_of_a_network(tiny_unet: Any, kind: str) -> None:
     model = model_of(tiny_unet, kind)
     z, cond = inputs(1)
     cond = Condition(cond.positive)
-    ts = timesteps(model, 25, 0.6)
+    course = course_by_rule(model, 25, strength=0.6)
     before = model.calls
-    up = invert(model, Attachment(tiny_unet, ()), z, cond, ts)
+    up = invert(model, Attachment(tiny_unet, ()), z, cond, course)
     assert model.calls - before == 25
-    back = sample(model, Attachment(tiny_unet, ()), up, cond, ts)
+    back = sample(model, Attachment(tiny_unet, ()), up, cond, course)
     assert (up - z).square().mean() > 0.01  # it went somewhere
     assert (back - z).square().mean().sqrt() < 0.05  # of latents of unit variance: 25 first-order steps each way
 
@@ -206,17 +210,17 @@ def test_rows_have_their_own_weights_and_guidance(tiny: Model) -> None:
     scale = torch.tensor([1.0, 2.5, 6.0])
     x, cond = inputs(3, guidance=scale)
     table = torch.empty(3, 7).uniform_(0.2, 1.8, generator=torch.Generator().manual_seed(3))
-    ts = timesteps(tiny, 2)
+    course = course_by_rule(tiny, 2)
     with attach(tiny) as attachment:
-        together = sample(tiny, attachment, x, cond, ts, lambda sigma: table)
+        together = sample(tiny, attachment, x, cond, course, lambda sigma: table)
         for i in range(3):
             row = slice(i, i + 1)
             alone = replace(cond.rows(row), guidance=float(scale[i]))
-            single = sample(tiny, attachment, x[row], alone, ts, lambda sigma, i=i: table[i])  # type: ignore[misc]
+            single = sample(tiny, attachment, x[row], alone, course, lambda sigma, i=i: table[i])  # type: ignore[misc]
             torch.testing.assert_close(together[row], single, rtol=1e-4, atol=1e-5)
         assert torch.equal(cond.rows(slice(1, 3)).guidance, scale[1:])  # type: ignore[arg-type]
-        equal = sample(tiny, attachment, x, cond, ts, lambda sigma: table[:1].expand(3, 7))
-        one = sample(tiny, attachment, x, cond, ts, lambda sigma: table[0])
+        equal = sample(tiny, attachment, x, cond, course, lambda sigma: table[:1].expand(3, 7))
+        one = sample(tiny, attachment, x, cond, course, lambda sigma: table[0])
         torch.testing.assert_close(equal, one)
 
 
@@ -236,15 +240,19 @@ def test_weights_of_a_guided_call(tiny: Model) -> None:
 def test_weights_are_looked_up_at_the_noise_level_of_each_step(tiny: Model) -> None:
     x, cond = inputs(1)
     seen: list[float] = []
-    states: list[tuple[int, int]] = []
+    told: list[int] = []
+    states: list[int] = []
 
     def weights(sigma: float) -> None:
         seen.append(sigma)
 
     with attach(tiny) as attachment:
-        sample(tiny, attachment, x, cond, [900, 400, 3], weights, callback=lambda i, t, x: states.append((i, t)))
+        tiny.unet.register_forward_pre_hook(lambda unet, args: told.append(args[1]))
+        course = course_at(tiny, [900, 400, 3])
+        sample(tiny, attachment, x, cond, course, weights, callback=lambda i, x: states.append(i))
     assert seen == [tiny.sigma(t) for t in (900, 400, 3)]
-    assert states == [(0, 900), (1, 400), (2, 3)]
+    assert told == [900, 400, 3]
+    assert states == [0, 1, 2]
 
 
 def test_scale_one_needs_no_negative_rows(avatars: Model) -> None:
@@ -267,7 +275,7 @@ def loss_of(run: Callable[..., Tensor], model: Model, table: Tensor) -> Tensor:
         return torch.from_numpy(hat(knots, sigma)) @ table
 
     with attach(model) as attachment:
-        return (run(model, attachment, x, cond, timesteps(model, 3), weights) * direction).sum()
+        return (run(model, attachment, x, cond, course_by_rule(model, 3), weights) * direction).sum()
 
 
 def checkpointed(*args: Any) -> Tensor:
@@ -275,11 +283,13 @@ def checkpointed(*args: Any) -> Tensor:
 
 
 def stored(
-    model: Model, attachment: Attachment, x: Tensor, cond: Condition, ts: list[int], weights: Callable[[float], Tensor]
+    model: Model, attachment: Attachment, x: Tensor, cond: Condition, course: Course, weights: Callable[[float], Tensor]
 ) -> Tensor:
-    for t, t_next in zip(ts, [*ts[1:], None], strict=True):
-        out = guide(predict(model, attachment, x, t, cond, weights(model.sigma(t))), cond)
-        x = ddim_step(model, out, x, t, t_next)
+    for i, (t, sigma) in enumerate(zip(course.told, course.sigmas, strict=True)):
+        out = guide(predict(model, attachment, x, t, cond, weights(sigma)), cond)
+        level = course.levels.signal[i], course.levels.noise[i]
+        clean, noise = clean_in(model, out, x, *level), noise_in(model, out, x, *level)
+        x = course.levels.signal[i + 1] * clean + course.levels.noise[i + 1] * noise
     return x
 
 
@@ -292,9 +302,8 @@ def test_gradients_equal_finite_differences(tiny: Model) -> None:
     knots = np.array([10.0, 0.5])
     before = tiny.calls
     with attach(tiny) as attachment:  # also in the backward pass, which runs the steps again
-        out = sample(
-            tiny, attachment, x, cond, timesteps(tiny, 3), lambda s: torch.from_numpy(hat(knots, s)) @ table, grad=True
-        )
+        course = course_by_rule(tiny, 3)
+        out = sample(tiny, attachment, x, cond, course, lambda s: torch.from_numpy(hat(knots, s)) @ table, grad=True)
         assert out.dtype == torch.float64
         assert tiny.calls - before == 3
         (out * direction).sum().backward()
@@ -314,12 +323,12 @@ def test_without_grad_no_graph_is_built(tiny: Model) -> None:
     table = torch.ones(7, requires_grad=True)
     before = tiny.calls
     with attach(tiny) as attachment:
-        got = sample(tiny, attachment, x.requires_grad_(), cond, timesteps(tiny, 2), lambda sigma: table)
+        got = sample(tiny, attachment, x.requires_grad_(), cond, course_by_rule(tiny, 2), lambda sigma: table)
         assert got.grad_fn is None
         assert not got.requires_grad
         assert torch.is_grad_enabled()
         assert tiny.calls - before == 2
         with torch.no_grad():  # grad is what the argument says, whatever is around
-            kept = sample(tiny, attachment, x, cond, timesteps(tiny, 2), lambda sigma: table, grad=True)
+            kept = sample(tiny, attachment, x, cond, course_by_rule(tiny, 2), lambda sigma: table, grad=True)
         assert kept.requires_grad
         torch.testing.assert_close(kept, got)
