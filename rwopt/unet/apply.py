@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
 from rwopt.unet.attachment import Attachment, outside_graphs
-from rwopt.unet.call import Plain
 from rwopt.unet.checkpointing import Call
 from rwopt.unet.lookup import Lookup, same_storage
 from rwopt.unet.scope import eager
@@ -32,7 +31,7 @@ class Handle:
         self.attachment, self.target, self.lookup = attachment, target, lookup
         self.resting = False
         """taken off, but for hooks that a compiled graph holds"""
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def schedule(self) -> Schedule | None:
@@ -48,7 +47,19 @@ class Handle:
                 f"handle.schedule takes the same {len(self.attachment.sites)} sites in mode {self.attachment.mode}, "
                 f"not {len(schedule.sites)} in mode {schedule.mode}: apply it instead"
             )
+        _check_one_tells(self.attachment.unet, self.target, schedule, self)
         self.lookup.schedule = schedule
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For the pipeline's call, `pipe(prompt, **handle.arguments)`: what its schedule's steps ask for.
+
+        {} without steps. Else the grid as `timesteps`, and where they are part of the steps `guidance_scale` and a
+        `callback_on_step_end` that sets it for each next call; for an edit also `strength` 1, since the grid starts at
+        the level of the edit. What the U-Net is told needs no argument. Raises UserError, with the remedy, if the
+        pipeline cannot take them: for its scheduler, its call's parameters, or its noise; and for a bare U-Net.
+        """
+        return {} if self.lookup is None or self.resting else self.lookup.arguments()
 
     def _fits(self, schedule: Schedule) -> bool:
         attachment = self.attachment
@@ -66,26 +77,26 @@ class Handle:
             self.resting = True
             self.attachment.rest()
             return
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.attachment.remove()
-        self._hook = self.attachment = self.lookup = None
+        self._hooks, self.attachment, self.lookup = [], None, None
 
     def _taken_over(self, target: Any, schedule: Schedule) -> Handle:
         """A new handle for the hooks of this one, which rests."""
         assert self.attachment is not None
         handle = Handle(self.attachment, target, Lookup(target, schedule))
-        handle._hook = self._hook
+        handle._hooks = self._hooks
         hook = next(hook for hook in _hooks(self.attachment.unet) if hook.handle is self)
         hook.handle = handle
-        self._hook = self.attachment = self.lookup = None
+        self._hooks, self.attachment, self.lookup = [], None, None
         return handle
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         """Of a copied U-Net. It belongs to the copied pipeline, or where the U-Net alone is copied to the copy."""
         copied = memo[id(self)] = Handle()
         attachment = copied.attachment = copy.deepcopy(self.attachment, memo)
-        copied._hook, copied.resting = copy.deepcopy(self._hook, memo), self.resting
+        copied._hooks, copied.resting = copy.deepcopy(self._hooks, memo), self.resting
         if self.lookup is not None and attachment is not None:
             whole = id(self.target) in memo  # the pipeline is being copied, or the target is the U-Net itself
             copied.target = memo[id(self.target)] if whole else attachment.unet
@@ -107,20 +118,40 @@ class Weigh:
 
     @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        attachment = self.handle.attachment
-        if attachment is None:
-            return None
         x: Tensor = args[0] if args else kwargs["sample"]
         t = args[1] if len(args) > 1 else kwargs["timestep"]
-        call = self._call(module, x, t)
-        return None if call is None else (args, {**kwargs, attachment.key: call})
+        given = self._given(module, x, t)
+        return (args, {**kwargs, **given}) if given else None
 
     @eager
-    def _call(self, module: nn.Module, x: Tensor, t: Any) -> Plain | None:
+    def _given(self, module: nn.Module, x: Tensor, t: Any) -> dict[str, Any]:
+        """For the hooks behind, by their keys: the weights, and where it is another the timestep to tell."""
         handle = self.handle
-        if handle.lookup is None or handle.resting or not _mine(module, handle.target, t):
+        lookup, attachment = handle.lookup, handle.attachment
+        if lookup is None or attachment is None or handle.resting or not _mine(module, handle.target, t):
+            return {}
+        given: dict[str, Any] = {attachment.key: lookup(x, t)}
+        told = lookup.told(x, t) if lookup.tells else None
+        return given if told is None else {**given, _told_key(attachment): told}
+
+
+class Tell:
+    """Tell the U-Net another timestep than the solver's. Behind every `Weigh`: all look up at the solver's."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    @outside_graphs
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if self.key not in kwargs:
             return None
-        return handle.lookup(x, t)
+        told = kwargs[self.key]
+        rest = {name: value for name, value in kwargs.items() if name != self.key}
+        return ((args[0], told, *args[2:]), rest) if len(args) > 1 else (args, {**rest, "timestep": told})
+
+
+def _told_key(attachment: Attachment) -> str:
+    return f"{attachment.key}_told"
 
 
 def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
@@ -130,11 +161,12 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
     strength and guidance works. The noise table is that of `target.scheduler`, or the schedule's own `noise` for a
     bare U-Net. Applying twice stacks: the weights multiply. Apply first, compile afterwards; on a compiled U-Net a
     schedule can take the place of another one of the same sites and mode. Pipelines that share a U-Net, also in several
-    threads, each see their own schedule; give each its own scheduler.
+    threads, each see their own schedule; give each its own scheduler. The sampler's own dials that a schedule may have
+    (`Schedule.steps`) are for the pipeline's call: `pipe(prompt, **handle.arguments)`.
 
     Raises UserError if the schedule names sites that the U-Net lacks or was made for another class of U-Net (map it
-    with `rwopt.map_schedule`), if no noise table is known, and for weights of one side of guidance on a pipeline whose
-    batch layout is not known.
+    with `rwopt.map_schedule`), if no noise table is known, for a second schedule with `steps.told`, and for weights of
+    one side of guidance on a pipeline whose batch layout is not known.
     """
     unet: nn.Module = getattr(target, "unet", target)
     bare: nn.Module = getattr(unet, "_orig_mod", unet)
@@ -157,13 +189,18 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
         shared = getattr(other, "scheduler", None)
         if other is not target and shared is not None and shared is getattr(target, "scheduler", None):
             raise UserError("two pipelines share this U-Net and one scheduler: give each its own scheduler")
+    _check_one_tells(bare, target, schedule)
     for handle in _handles(bare):
         if handle.resting and handle._fits(schedule):
             return handle._taken_over(target, schedule)
     lookup = Lookup(target, schedule)
-    handle = Handle(Attachment(unet, schedule.sites, schedule.mode), target, lookup)
+    attachment = Attachment(unet, schedule.sites, schedule.mode)
+    handle = Handle(attachment, target, lookup)
     # In front of the attachment's own hook, which takes the weights out of the call again.
-    handle._hook = unet.register_forward_pre_hook(Weigh(handle), with_kwargs=True, prepend=True)
+    handle._hooks = [
+        unet.register_forward_pre_hook(Weigh(handle), with_kwargs=True, prepend=True),
+        unet.register_forward_pre_hook(Tell(_told_key(attachment)), with_kwargs=True),
+    ]
     return handle
 
 
@@ -173,6 +210,19 @@ def _hooks(unet: nn.Module) -> list[Weigh]:
 
 def _handles(unet: nn.Module) -> list[Handle]:
     return [hook.handle for hook in _hooks(unet)]
+
+
+def _check_one_tells(unet: nn.Module, target: Any, schedule: Schedule, but: Handle | None = None) -> None:
+    """UserError if `schedule` and another one of the same target, or of a bare U-Net, both say what it is told."""
+    if schedule.steps is None or not schedule.steps.told:
+        return
+    for handle in _handles(unet):
+        apart = handle.target is not target and hasattr(handle.target, "unet") and hasattr(target, "unet")
+        if handle is not but and not handle.resting and handle.lookup is not None and handle.lookup.tells and not apart:
+            raise UserError(
+                "steps.told of another schedule is on this U-Net, which can be told one level: take that schedule off, "
+                "or apply this one without its steps, dataclasses.replace(schedule, steps=None)"
+            )
 
 
 def _pipelines(unet: nn.Module) -> dict[int, Any]:

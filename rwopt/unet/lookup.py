@@ -2,12 +2,14 @@
 
 A pipeline's time step is a view into its scheduler's `timesteps`, so its place in that storage says which step it is:
 one copy of the time steps serves all calls of a picture. Where it is no such view its value is copied. What a call
-needs is kept for the step, so a picture asks the schedule once a step.
+needs is kept for the step, so a picture asks the schedule once a step. Likewise the timestep that the U-Net is told,
+where a schedule's steps say another than the solver's.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from rwopt.schedule.noise import (
     sigma_of,
 )
 from rwopt.unet.call import PLAIN, Columns, Numbers, Plain
+from rwopt.unet.dials import call_arguments, same_grid, same_solver, told_at
 
 _PAIRED = {
     f"{family}{task}Pipeline"
@@ -89,7 +92,7 @@ def levels_of(target: Any, schedule: Schedule) -> Levels:
     return Levels(sigma_of(torch.as_tensor(abar).detach().cpu().numpy()))
 
 
-class Steps:
+class Timesteps:
     """The time steps of one picture [N], copied to the host once, and what was made of them for S `sites`."""
 
     def __init__(self, timesteps: Tensor, sites: int, times: Array | None = None) -> None:
@@ -97,6 +100,9 @@ class Steps:
         self.timesteps, self.version = timesteps, _version(timesteps)
         self.times: Array = timesteps.detach().cpu().double().numpy() if times is None else times[: len(timesteps)]
         self.calls: dict[tuple[Any, ...], Plain] = {}
+        self.told: Array | None = None
+        """training timesteps [N] that the U-Net is told, None for its own"""
+        self._told: dict[torch.device, tuple[Tensor, ...]] = {}
         few = len(self.times) if len(self.times) <= _FEW else 0  # a thousand steps are no picture's
         factors = torch.empty(few, sites, dtype=torch.float64)
         self._table = factors.numpy()
@@ -108,6 +114,14 @@ class Steps:
             return Numbers(weights.tolist())
         self._table[place] = weights
         return Numbers(weights.tolist(), self._factors[place])
+
+    def told_on(self, place: int, device: torch.device) -> Tensor | None:
+        """What the U-Net is told at step `place`: float32 of no dimension."""
+        if self.told is None:
+            return None
+        if device not in self._told:  # once a picture
+            self._told[device] = _times(self.told, device).unbind()
+        return self._told[device][place]
 
     def fits(self, timesteps: Tensor) -> bool:
         return timesteps is self.timesteps and _version(timesteps) == self.version
@@ -134,6 +148,11 @@ def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
 
+def _times(times: Array, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept, and then read in any mode
+        return torch.tensor(times, dtype=torch.float32).to(device, non_blocking=True)
+
+
 class Lookup:
     """The weights of each U-Net call by one schedule, for one pipeline or bare U-Net (`target`)."""
 
@@ -145,7 +164,8 @@ class Lookup:
     def _start(self, target: Any, levels: Levels | None) -> None:
         self.target, self._own = target, levels
         self._known: tuple[Any, Any, Levels] | None = None
-        self._steps: Steps | None = None
+        self._picture: Timesteps | None = None
+        self._warned = False
 
     def copied(self, target: Any, whole: bool) -> Lookup:
         """For a copied target, which may be half made as yet. A U-Net copied without its pipeline (not `whole`) keeps
@@ -168,7 +188,7 @@ class Lookup:
                 f"{type(self.target).__name__} is not known: use 'both', or one of "
                 f"{', '.join(sorted(_PAIRED)[:3])} and kin"
             )
-        self._schedule, self._steps, self._known = schedule, None, None
+        self._schedule, self._picture, self._known, self._warned = schedule, None, None, False
         self.levels()
 
     def levels(self) -> Levels:
@@ -179,8 +199,34 @@ class Lookup:
         abar = getattr(scheduler, "alphas_cumprod", None)
         if self._known is None or self._known[0] is not scheduler or self._known[1] is not abar:
             self._known = scheduler, abar, levels_of(self.target, self._schedule)
-            self._steps = None
+            self._picture = None
         return self._known[2]
+
+    @property
+    def tells(self) -> bool:
+        """Whether the U-Net is told other levels than the solver's."""
+        return self._schedule.steps is not None and bool(self._schedule.steps.told)
+
+    def arguments(self) -> dict[str, Any]:
+        """See `rwopt.unet.apply.Handle.arguments`."""
+        steps = self._schedule.steps
+        return {} if steps is None else call_arguments(self.target, steps, self.levels().table)
+
+    def told(self, x: Tensor, t: Any) -> Tensor | None:
+        """What the U-Net is told in place of timestep `t` in a call with sample `x`, of the shape of `t`.
+
+        None where it is `t`: without told levels, on a grid that is not the file's, and by a solver that is not.
+        """
+        steps, levels = self._schedule.steps, self.levels()
+        if steps is None or not steps.told or levels.table is None:
+            return None
+        place = self._place(t, levels)
+        if place is not None and self._picture is not None:
+            told = self._picture.told_on(place, x.device)
+            return told if told is None or not t.ndim else told.expand(t.shape)
+        times = torch.as_tensor(t).detach().cpu().double().numpy()
+        instead = told_at(steps, levels(times), levels.table)
+        return None if np.isnan(instead).all() else _times(np.where(np.isnan(instead), times, instead), x.device)
 
     def __call__(self, x: Tensor, t: Any) -> Plain:
         """Of a U-Net call with sample `x` [B, ...] at timestep `t`."""
@@ -195,36 +241,59 @@ class Lookup:
             raise UserError(f"a guided call has {rows} rows: cfg_branch {side!r} needs [unconditional, conditional]")
         if side == "none":
             return PLAIN
-        timesteps = getattr(getattr(self.target, "scheduler", None), "timesteps", None)
-        place = None
-        if isinstance(timesteps, Tensor) and timesteps.ndim == 1 and isinstance(t, Tensor):
-            if self._steps is None or not self._steps.fits(timesteps):
-                self._steps = self._steps_of(timesteps, levels) if same_storage(t, timesteps) else None
-            place = None if self._steps is None else self._steps.place(t)
-        if place is None or self._steps is None:
+        place = self._place(t, levels)
+        if place is None or self._picture is None:
             times = torch.as_tensor(t).detach().cpu().double().numpy()
             return self._made(levels, times, side, x, None)
         key = (place, side) if side == "both" else (place, side, rows, x.device)
-        calls = self._steps.calls
+        calls = self._picture.calls
         if key not in calls:
-            calls[key] = self._made(levels, self._steps.times[place], side, x, place)
+            calls[key] = self._made(levels, self._picture.times[place], side, x, place)
         return calls[key]
 
-    def _steps_of(self, timesteps: Tensor, levels: Levels) -> Steps:
-        sigmas = getattr(self.target.scheduler, "sigmas", None) if levels.flow else None
+    def _place(self, t: Any, levels: Levels) -> int | None:
+        """Which step of the picture under way `t` is; None if that takes its value."""
+        timesteps = getattr(getattr(self.target, "scheduler", None), "timesteps", None)
+        if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or not isinstance(t, Tensor):
+            return None
+        if self._picture is None or not self._picture.fits(timesteps):
+            self._picture = self._picture_of(timesteps, levels) if same_storage(t, timesteps) else None
+        return None if self._picture is None else self._picture.place(t)
+
+    def _picture_of(self, timesteps: Tensor, levels: Levels) -> Timesteps:
+        scheduler, steps = self.target.scheduler, self._schedule.steps
+        sigmas = getattr(scheduler, "sigmas", None) if levels.flow else None
         times = None
         if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):  # s itself: what the U-Net is told is rounded
             times = sigmas.detach().cpu().double().numpy() * levels.flow
-        return Steps(timesteps, len(self._schedule.sites), times)
+        picture = Timesteps(timesteps, len(self._schedule.sites), times)
+        if steps is not None:
+            sigmas = levels(picture.times)
+            if levels.table is None or not same_solver(steps, scheduler) or not same_grid(steps, sigmas):
+                self._warn(type(scheduler).__name__, len(timesteps))
+            elif steps.told:
+                picture.told = told_at(steps, sigmas, levels.table)
+        return picture
+
+    def _warn(self, scheduler: str, count: int) -> None:
+        steps = self._schedule.steps
+        if steps is None or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the schedule has steps for {len(steps)} calls of {steps.sampler}, this picture has others ({count} of "
+            f"{scheduler}): weights are used, its steps are not: pass **handle.arguments to the pipeline's call",
+            stacklevel=2,
+        )
 
     def _made(self, levels: Levels, times: Array, side: str, x: Tensor, place: int | None) -> Plain:
         """The call at one time, which is that of step `place`, or at one for each row."""
         alike = times.size == 1 or bool((times == times.flat[0]).all())
         weights = self._schedule.at(levels(np.asarray(times.flat[0]) if alike else times)).astype(np.float32)
         if side == "both" and alike:
-            if place is None or self._steps is None:
+            if place is None or self._picture is None:
                 return Numbers(weights.tolist())
-            return self._steps.numbers(place, weights)
+            return self._picture.numbers(place, weights)
         rows = len(x)
         table = weights[None].repeat(rows, 0) if alike else weights.repeat(rows // len(weights), 0)
         if side != "both":

@@ -54,6 +54,7 @@ def map_schedule(schedule: Schedule, unet: nn.Module, by: str = "name") -> Sched
         provenance={**schedule.provenance, "mapped": origin},
         extra=schedule.extra,
         cfg_branch=schedule.cfg_branch,
+        steps=schedule.steps,
     )
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwopt.schedule import Schedule
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
-from rwopt.unet.lookup import Steps
+from rwopt.unet.lookup import Timesteps
 
 
 class Count(TorchDispatchMode):
@@ -117,13 +117,13 @@ def test_the_host_waits_once_a_picture(monkeypatch: pytest.MonkeyPatch, tiny_une
     copies: list[int] = []
     known = {}
 
-    def copied(self: Steps, timesteps: Tensor, sites: int, times: None = None) -> None:
+    def copied(self: Timesteps, timesteps: Tensor, sites: int, times: None = None) -> None:
         copies.append(len(timesteps))
         made(self, known[len(timesteps)], sites)
         self.timesteps, self.version = timesteps, timesteps._version
 
-    made = Steps.__init__
-    monkeypatch.setattr(Steps, "__init__", copied)
+    made = Timesteps.__init__
+    monkeypatch.setattr(Timesteps, "__init__", copied)
     unet = tiny_unet.to("meta")
     scheduler = DDIMScheduler(**SD)
     pipe = SimpleNamespace(unet=unet, scheduler=scheduler)
