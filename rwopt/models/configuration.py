@@ -17,6 +17,7 @@ _UNETS = {
     "UNetSpatioTemporalConditionModel",
 }
 
+
 def empty_unet(name: str | Path) -> Any:
     """The U-Net of a folder or hub id, without weights (on the meta device)."""
     import diffusers

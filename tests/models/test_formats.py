@@ -128,23 +128,18 @@ def test_a_text_encoder_is_on_the_gpu_for_new_prompts_only() -> None:
         def to(self, device: Any) -> None:
             sent.append(str(device))
 
-        def __call__(self, ids: Any) -> Any:
-            sent.append("called")
-            return SimpleNamespace(last_hidden_state=torch.zeros(len(ids), 3, 4))
-
-    class Tokenizer:
-        model_max_length = 3
-
-        def __call__(self, prompts: list[str], **_: Any) -> Any:
-            return SimpleNamespace(input_ids=SimpleNamespace(to=lambda device: prompts))
+    def encode_prompt(prompts: list[str], **_: Any) -> Any:
+        sent.append("called")
+        return torch.zeros(len(prompts), 3, 4), None
 
     def encode(model: Model, *prompts: str) -> list[str]:
         sent.clear()
         assert model.encode(list(prompts)).shape == (len(prompts), 3, 4)
         return list(sent)
 
-    parts = (make_tiny_unet(), None, Encoder(), Tokenizer(), None)
-    gpu, cpu = (Model("m", *parts, torch.device(place)) for place in ("cuda", "cpu"))
+    pipe = SimpleNamespace(text_encoder=Encoder(), encode_prompt=encode_prompt)
+    parts = (make_tiny_unet(), None, None, None, None)
+    gpu, cpu = (Model("m", *parts, torch.device(place), pipe=pipe) for place in ("cuda", "cpu"))
     assert encode(gpu, "a", "b") == ["cuda", "called", "cpu"]
     assert encode(gpu, "b", "a") == []
     assert encode(gpu, "b", "c") == ["cuda", "called", "cpu"]

@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
-from rwopt import models
 from rwopt.models import Model
 from rwopt.models.memory import LARGE, Live, call_bytes, checkpointed_blocks, counting, feature_map, twin
 from rwopt.unet.sites import list_sites
@@ -131,7 +130,7 @@ def test_a_large_decoder_takes_pictures_one_by_one_where_gradients_are_on(monkey
 
     whole, alone = gradient(slice(None)), gradient(slice(0, 1))
     assert sizes == [(3, False), (1, False)]
-    monkeypatch.setattr(models, "LARGE", 0)
+    monkeypatch.setattr("rwopt.models.model.LARGE", 0)
     sizes.clear()
     pictures, found = gradient(slice(None))
     assert sizes == [(1, True)] * 6  # once forward, once in the backward pass
@@ -158,6 +157,6 @@ def test_the_pictures_activations_are_not_alive_together(monkeypatch: pytest.Mon
             return live.peak - before
 
     grows = peak(8) - peak(1)
-    monkeypatch.setattr(models, "LARGE", 0)
+    monkeypatch.setattr("rwopt.models.model.LARGE", 0)
     assert peak(8) - peak(1) < grows / 10
     assert peak(1) < 0.8 * grows / 7
