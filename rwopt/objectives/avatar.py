@@ -135,15 +135,17 @@ def _realism(network: str) -> Callable[[Batch], Tensor]:
     return score
 
 
-def _distance(network: str) -> Callable[[Batch], Tensor]:
-    """Relative L2 distance of the judge's last features to those of the true edit."""
+def feature_distance(network: str, images: Tensor, other: Tensor) -> Tensor:
+    """Relative L2 distance [N] of a judge's last features of pictures [N, 3, H, W] to those of `other`."""
+    a, b = panel(network).verdict(images).features, panel(network).verdict(other).features
+    relative: Tensor = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-6)
+    return relative
 
+
+def _distance(network: str) -> Callable[[Batch], Tensor]:
     def score(batch: Batch) -> Tensor:
         assert batch.truth is not None
-        a = panel(network).verdict(batch.images).features
-        b = panel(network).verdict(batch.truth).features
-        relative: Tensor = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-6)
-        return relative
+        return feature_distance(network, batch.images, batch.truth)
 
     return score
 

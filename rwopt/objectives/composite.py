@@ -1,4 +1,4 @@
-"""Several objectives as one number, the score that a search raises."""
+"""One objective, or several as one number: the score that a search raises."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from rwopt.objectives import Batch, make_objective
 
 
 class Composite:
-    """Weighted geometric mean of scores in [0, 1]: prod_i max(score_i, 0) ** (weight_i / sum of weights).
+    """One term: its own score, negative where less is better. Several, all from 0 to 1: their weighted geometric mean,
+    prod_i max(score_i, 0) ** (weight_i / sum of weights).
 
-    A picture that fails one term altogether (an untouched source: edit success 0) scores 0, whatever else it keeps.
+    A picture that fails one of several terms altogether (an untouched source: edit success 0) scores 0, whatever else
+    it keeps.
     """
 
     def __init__(self, terms: dict[str, float]) -> None:
@@ -23,11 +25,27 @@ class Composite:
         self.exponents = {name: weight / total for name, weight in terms.items()}
         for name, objective in self.objectives.items():
             spec = objective.spec
-            if spec.range != (0.0, 1.0) or not spec.higher_is_better:
-                raise UserError(f"objective.terms: {name} has range {spec.range}, a geometric mean takes 0 to 1")
+            if len(terms) > 1 and (spec.range != (0.0, 1.0) or not spec.higher_is_better):
+                raise UserError(
+                    f"objective.terms: {name} has range {spec.range}, a geometric mean takes 0 to 1: let it be alone"
+                )
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Least and greatest score that there can be."""
+        spec = next(iter(self.objectives.values())).spec
+        return spec.range if spec.higher_is_better else (-spec.range[1], -spec.range[0])
+
+    @property
+    def pictures(self) -> bool:
+        """Whether a term looks at pictures; else latents are enough."""
+        return any(objective.spec.pictures for objective in self.objectives.values())
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Scores [N]; NaN terms (nothing to judge) count as 1."""
+        """Scores [N], higher is better; of several, NaN terms (nothing to judge) count as 1."""
+        first = next(iter(self.objectives.values()))
+        if first.spec.range != (0.0, 1.0) or not first.spec.higher_is_better:  # then it is alone
+            return first(batch) if first.spec.higher_is_better else -first(batch)
         score = torch.ones(len(batch.images), device=batch.images.device)
         for name, objective in self.objectives.items():
             value = objective(batch).nan_to_num(1.0)

@@ -16,13 +16,17 @@ class Batch:
     """N pictures and what is known of their cases. Pictures are [N, 3, H, W], float32, in [0, 1].
 
     reference: the picture to stay close to (the source of an edit; the plain model's picture from the same noise);
-    truth: the true edited picture; target: attribute values wanted, for each picture; changed: the attributes that the
-    edit changes; hidden: the attributes that the true picture does not show.
+    truth: the true edited picture; teacher: the plain model's picture in many calls; latents, teacher_latents: what the
+    pictures and the teacher's were decoded from, [N, C, h, w]; target: attribute values wanted, for each picture;
+    changed: the attributes that the edit changes; hidden: the attributes that the true picture does not show.
     """
 
     images: Tensor
     reference: Tensor | None = None
     truth: Tensor | None = None
+    teacher: Tensor | None = None
+    latents: Tensor | None = None
+    teacher_latents: Tensor | None = None
     prompts: list[str] | None = None
     target: list[dict[str, str]] | None = None
     changed: list[list[str]] | None = None
@@ -36,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """What an objective declares. `needs` names fields of `Batch`; `ceiling` is the score of a perfect picture."""
+    """What an objective declares. `needs`: fields of `Batch`; `pictures`: whether it looks at the pictures at all."""
 
     name: str
     higher_is_better: bool
@@ -45,6 +49,7 @@ class ObjectiveSpec:
     needs: frozenset[str] = field(default_factory=frozenset)
     licence: str = "Apache-2.0"
     about: str = ""
+    pictures: bool = True
 
 
 class Objective:

@@ -7,13 +7,14 @@ from torch import Tensor
 from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec
 
 
-def _psnr(batch: Batch) -> Tensor:
-    assert batch.truth is not None
-    error = (batch.images - batch.truth).square().mean((1, 2, 3))
+def psnr(images: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio [N] in dB of pictures [N, 3, H, W] in [0, 1]."""
+    error = (images - other).square().mean((1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()  # equal pictures: 100, where infinity would survive no mean or gradient
 
 
-def _ssim(images: Tensor, other: Tensor) -> Tensor:
+def ssim(images: Tensor, other: Tensor) -> Tensor:
+    """Structural similarity [N] in [-1, 1] (torchmetrics)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     value = structural_similarity_index_measure(images, other, data_range=1.0, reduction="none")
@@ -21,18 +22,23 @@ def _ssim(images: Tensor, other: Tensor) -> Tensor:
     return value.reshape(len(images))
 
 
+def _psnr_truth(batch: Batch) -> Tensor:
+    assert batch.truth is not None
+    return psnr(batch.images, batch.truth)
+
+
 def _ssim_truth(batch: Batch) -> Tensor:
     assert batch.truth is not None
-    return _ssim(batch.images, batch.truth)
+    return ssim(batch.images, batch.truth)
 
 
 def _ssim_source(batch: Batch) -> Tensor:
     assert batch.reference is not None
-    return _ssim(batch.images, batch.reference).clamp(min=0)
+    return ssim(batch.images, batch.reference).clamp(min=0)
 
 
 _ALL = {
-    "truth.psnr": (_psnr, (0.0, 100.0), "peak signal-to-noise ratio to the true edit, dB"),
+    "truth.psnr": (_psnr_truth, (0.0, 100.0), "peak signal-to-noise ratio to the true edit, dB"),
     "truth.ssim": (_ssim_truth, (-1.0, 1.0), "structural similarity to the true edit"),
     "source.ssim": (_ssim_source, (0.0, 1.0), "structural similarity to the source: pose and place are kept, too"),
 }

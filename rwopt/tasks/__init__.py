@@ -24,11 +24,13 @@ def make_task(
     batch: int = 64,
     method: str = "sdedit",
     plain: Dials | None = None,
+    sampler: str = "ddim",
+    grid: str = "trailing",
 ) -> Task:
     """`generation`, or `editing` by `method` sdedit or inversion. `plain`: dials of generation's reference pictures."""
     if name == "generation":
-        return Generation(model, cases, steps, draws, batch, plain=plain or Dials())
+        return Generation(model, cases, steps, draws, batch, sampler=sampler, grid=grid, plain=plain)
     if name == "editing":
-        return Editing(model, cases, steps, draws, batch, method=method)
+        return Editing(model, cases, steps, draws, batch, sampler=sampler, grid=grid, method=method)
     near = difflib.get_close_matches(name, ["generation", "editing"], 1, 0)
     raise UserError(f"task.name={name} is unknown: did you mean {near[0]}?")

@@ -21,9 +21,11 @@ def task_reward(task: Task, objective: Composite, rows: slice) -> Reward:
     for name, term in objective.objectives.items():
         if not term.spec.differentiable:
             raise UserError(f"objective.terms: {name} has no gradient; use a tuner that needs none (optuna, spsa)")
-    known = task.describe(torch.zeros(len(task), 3, 1, 1)).rows(rows)  # once: judges remember what they have seen
+    blank = torch.zeros(len(task), 3, 1, 1, device=task.model.device)
+    known = task.describe(blank).rows(rows)  # once: judges remember what they have seen
 
     def reward(latents: Tensor) -> Tensor:
-        return objective(replace(known, images=task.model.decode(latents)))
+        images = task.model.decode(latents) if objective.pictures else known.images
+        return objective(replace(known, images=images, latents=latents))
 
     return reward

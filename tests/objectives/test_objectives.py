@@ -31,12 +31,34 @@ def pictures(seed: int, n: int = N) -> Tensor:
     return torch.nn.functional.interpolate(coarse, (64, 64), mode="bilinear").contiguous()
 
 
+def latents(seed: int, n: int = N) -> Tensor:
+    return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def looked_at(name: str, batch: Batch) -> Tensor:
+    """What an objective is a function of: pictures, or the latents that they were decoded from."""
+    seen = batch.images if make_objective(name).spec.pictures else batch.latents
+    assert seen is not None
+    return seen
+
+
+def perfect(batch: Batch, images: Tensor | None = None, own: Tensor | None = None) -> Batch:
+    """Pictures (and latents) that are all that one could wish them to be."""
+    images, own = pictures(1) if images is None else images, latents(5) if own is None else own
+    return replace(
+        batch, images=images, reference=pictures(1), truth=pictures(1), teacher=pictures(1), latents=own,
+        teacher_latents=latents(5),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def batch() -> Batch:
     rng = np.random.default_rng(0)
     values = Judge.load("scorer").attributes
     target = [{name: str(rng.choice(known)) for name, known in values.items()} for _ in range(N)]
-    return Batch(pictures(1), pictures(2), pictures(3), ["a"] * N, target, CHANGES, HIDDEN)
+    return Batch(
+        pictures(1), pictures(2), pictures(3), pictures(4), latents(5), latents(6), ["a"] * N, target, CHANGES, HIDDEN
+    )
 
 
 def take(batch: Batch, order: list[int]) -> Batch:
@@ -66,15 +88,15 @@ class TestContract:
 
     def test_gradient(self, name: str, batch: Batch) -> None:
         objective = make_objective(name)
-        batch.images.requires_grad_()
+        seen = looked_at(name, batch).requires_grad_()
         scores = objective(batch)
         assert scores.requires_grad == objective.spec.differentiable
         if objective.spec.differentiable:
-            gradient = torch.autograd.grad(scores.sum(), batch.images)[0]
+            gradient = torch.autograd.grad(scores.sum(), seen)[0]
             assert gradient.isfinite().all()
             if not name.endswith((".success", ".identity")):  # these are cut at 0, where random pictures may lie
                 assert (gradient.abs().flatten(1).sum(1) > 0).all()
-            rows = [torch.autograd.grad(objective(batch)[i], batch.images)[0] for i in (0,)]
+            rows = [torch.autograd.grad(objective(batch)[i], seen)[0] for i in (0,)]
             close(rows[0][0], gradient[0])
             assert rows[0][1:].abs().sum() == 0
         with torch.no_grad():
@@ -84,15 +106,16 @@ class TestContract:
     def test_gradient_of_perfect_pictures_is_finite(self, name: str, batch: Batch) -> None:
         objective = make_objective(name)
         if objective.spec.differentiable:
-            same = pictures(1).requires_grad_()
-            scores = objective(replace(batch, images=same, reference=pictures(1), truth=pictures(1)))
-            assert torch.autograd.grad(scores.sum(), same)[0].isfinite().all()
+            same = perfect(batch, pictures(1).requires_grad_(), latents(5).requires_grad_())
+            seen = looked_at(name, same)
+            assert torch.autograd.grad(objective(same).sum(), seen)[0].isfinite().all()
 
     def test_range(self, name: str, batch: Batch) -> None:
         spec = make_objective(name).spec
         extremes = torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64), pictures(3)[2], pictures(2)[3]])
         for images in (batch.images, extremes, pictures(3)):
-            scores = make_objective(name)(replace(batch, images=images))
+            own = 10 * images[:, :1, :8, :8].repeat(1, 4, 1, 1)  # far from any latents
+            scores = make_objective(name)(replace(batch, images=images, latents=own))
             assert float(scores.min()) >= spec.range[0] - 1e-5
             assert float(scores.max()) <= spec.range[1] + 1e-5
 
@@ -115,7 +138,8 @@ class TestContract:
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("judge.kepd", "judge.kept"), ("truth.pnsr", "truth.psnr"), ("scorer.sucess", "scorer.success")],
+    [("judge.kepd", "judge.kept"), ("truth.pnsr", "truth.psnr"), ("scorer.sucess", "scorer.success"),
+     ("teacher.psrn", "teacher.psnr")],
 )
 def test_an_unknown_name_gets_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(UserError, match=rf"^objective {wrong} is unknown: did you mean {right}\? [^\n]*$"):
@@ -126,6 +150,60 @@ def test_a_function_of_the_wrong_shape_is_a_programming_error(batch: Batch) -> N
     spec = ObjectiveSpec("flat", True, True, (0.0, 1.0))
     with pytest.raises(RuntimeError, match=r"flat gave \(\) for 4 pictures"):
         Objective(spec, lambda b: b.images.mean())(batch)
+
+
+# --- nearness to something known
+
+NEARNESS = [n for n in NAMES if n.startswith(("teacher.", "truth.")) or n.endswith((".ssim", ".distance"))]
+
+
+@pytest.mark.parametrize("name", NEARNESS)
+class TestNearness:
+    def test_perfect_is_the_end_of_the_range(self, name: str, batch: Batch) -> None:
+        spec, scores = make_objective(name).spec, make_objective(name)(perfect(batch))
+        close(scores, torch.full((N,), spec.range[1] if spec.higher_is_better else spec.range[0]))
+
+    def test_nearer_is_better(self, name: str, batch: Batch) -> None:
+        """All the way from something else to what is wished."""
+        objective, steps = make_objective(name), []
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            images = torch.lerp(pictures(2), pictures(1), share)
+            steps.append(objective(perfect(batch, images, torch.lerp(latents(6), latents(5), share))))
+        up = torch.stack(steps).diff(dim=0) * (1 if objective.spec.higher_is_better else -1)
+        assert (up > 0).all()
+
+    def test_gradient_is_that_of_finite_differences(self, name: str, batch: Batch) -> None:
+        objective = make_objective(name)
+        seen = looked_at(name, batch).requires_grad_()
+        gradient = torch.autograd.grad(objective(batch).sum(), seen)[0]
+        way, h = gradient.sign(), 2e-4  # all numbers at once: single precision sees no smaller move
+        moved = "images" if objective.spec.pictures else "latents"
+        with torch.no_grad():
+            ends = [objective(replace(batch, **{moved: seen + c * h * way})).double() for c in (1, -1)]
+        slopes = (ends[0] - ends[1]) / (2 * h)
+        expected = (gradient * way).flatten(1).sum(1).double()
+        torch.testing.assert_close(slopes, expected, rtol=0.02, atol=1e-3)
+
+
+def test_the_teachers_objectives_are_what_they_say(batch: Batch) -> None:
+    assert batch.teacher is not None
+    assert batch.latents is not None
+    assert batch.teacher_latents is not None
+    expected = peak_signal_noise_ratio(batch.images, batch.teacher, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    close(make_objective("teacher.psnr")(batch), expected)
+    a, b = batch.latents.double().numpy(), batch.teacher_latents.double().numpy()
+    ratio = ((a - b) ** 2).sum((1, 2, 3)) / (b**2).sum((1, 2, 3))
+    np.testing.assert_allclose(make_objective("teacher.latent")(batch).numpy(), ratio, rtol=1e-5)
+    scaled = replace(batch, latents=3 * batch.latents, teacher_latents=3 * batch.teacher_latents)
+    close(make_objective("teacher.latent")(scaled), make_objective("teacher.latent")(batch))  # whatever the VAE's scale
+    as_truth = replace(batch, truth=batch.teacher)
+    for network in ("scorer", "judge"):
+        close(make_objective(f"teacher.features.{network}")(batch), make_objective(f"{network}.distance")(as_truth))
+    close(make_objective("teacher.ssim")(batch), make_objective("truth.ssim")(as_truth).clamp(min=0))
+
+
+def test_only_the_distance_of_latents_does_not_look_at_pictures() -> None:
+    assert [name for name in NAMES if not make_objective(name).spec.pictures] == ["teacher.latent"]
 
 
 # --- single ones
@@ -310,6 +388,20 @@ def test_composite_takes_nothing_to_judge_as_one(batch: Batch) -> None:
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if make_objective(n).spec.range != (0.0, 1.0)])
+def test_one_term_without_a_mean_is_its_own_score_the_better_the_higher(name: str, batch: Batch) -> None:
+    composite, objective = Composite({name: 2.0}), make_objective(name)
+    sign = 1 if objective.spec.higher_is_better else -1
+    assert torch.equal(composite(batch), sign * objective(batch))
+    low, high = composite.range
+    assert low < high
+    best, some = composite(perfect(batch)), composite(batch)
+    assert (best > some).all()
+    assert (some >= low).all()
+    assert (best <= high).all()
+    assert composite.pictures == objective.spec.pictures
+
+
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
@@ -317,8 +409,9 @@ def test_composite_takes_nothing_to_judge_as_one(batch: Batch) -> None:
         ({"judge.kept": 0.0}, "weight above 0"),
         ({"judge.kept": -1.0}, "weight above 0"),
         ({"judge.kept": math.nan}, "weight above 0"),
-        ({"truth.psnr": 1.0}, "truth.psnr has range"),
-        ({"judge.distance": 1.0}, "judge.distance has range"),
+        ({"truth.psnr": 1.0, "judge.kept": 1.0}, "truth.psnr has range"),
+        ({"judge.kept": 1.0, "judge.distance": 1.0}, "judge.distance has range"),
+        ({"teacher.latent": 1.0, "teacher.ssim": 1.0}, "teacher.latent has range"),
         ({"judge.keep": 1.0}, "did you mean judge.kept"),
     ],
 )

@@ -57,6 +57,12 @@ def test_other_kinds_of_pixel(tmp_path: Path, mode: str) -> None:
     assert read_picture(name).shape == (8, 8, 3)
 
 
+def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert np.array_equal(read_picture(tmp_path / "a.png"), np.arange(256).reshape(16, 16, 1).repeat(3, 2))
+
+
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "folder", "absent"])
 def test_what_is_no_picture_is_one_line(picture: Image.Image, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
@@ -66,7 +72,8 @@ def test_what_is_no_picture_is_one_line(picture: Image.Image, tmp_path: Path, ki
         picture.save(path)
         data = path.read_bytes()
         path.write_bytes({"text": b"no picture", "empty": b"", "cut": data[: len(data) // 2]}[kind])
-    with pytest.raises(UserError, match=r"^picture [^\n]*a\.png cannot be read: give a PNG or JPEG file$"):
+    remedy = "there is no such file" if kind == "absent" else "give a PNG or JPEG file"
+    with pytest.raises(UserError, match=rf"^picture [^\n]*a\.png cannot be read: {remedy}$"):
         read_picture(path)
 
 
@@ -93,3 +100,22 @@ def test_a_picture_that_fits_is_left_alone() -> None:
     other, done = fit_picture(picture, (16, 24))
     assert other.shape == (16, 24, 3)
     assert "cropped" not in done
+
+
+@pytest.mark.parametrize(("width", "height"), [(192, 96), (96, 192), (64, 20), (70, 500)])
+def test_padding_keeps_all_of_a_picture(width: int, height: int) -> None:
+    picture = np.zeros((height, width, 3), np.uint8)
+    fitted, done = fit_picture(picture, (64, 64), "pad")
+    assert fitted.shape == (64, 64, 3)
+    assert done == f"{width} x {height}, scaled with white beside it to 64 x 64"
+    dark = fitted.max(-1) < 128
+    rows, columns = dark.any(1).sum(), dark.any(0).sum()
+    assert (rows, columns) == (round(64 * min(1, height / width)), round(64 * min(1, width / height)))
+    assert dark.sum() == rows * columns
+    assert (fitted[~dark] == 255).all()
+    assert abs(int(np.flatnonzero(dark.any(1))[0]) - (64 - rows) // 2) <= 1
+
+
+def test_another_way_of_fitting_is_refused() -> None:
+    with pytest.raises(UserError, match=r"task\.fit=padd: did you mean pad\?"):
+        fit_picture(np.zeros((3, 4, 3), np.uint8), (4, 4), "padd")

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from rwopt.errors import UserError
 from rwopt.files import package_folder
 from rwopt.models import Model
+from rwopt.sampling.course import course_by_rule, course_of_steps
+from rwopt.sampling.denoise import Condition
+from rwopt.sampling.sample import sample
 from rwopt.schedule import Schedule
+from rwopt.schedule.steps import Steps
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import SPLITS, Case, load_cases, read_picture
+from rwopt.tasks.task import attach
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
@@ -230,9 +236,9 @@ def test_sdedit(avatars: Model, cases: list[Case]) -> None:
     through = avatars.decode(avatars.latents(batch.reference))
     assert float((weak - through).abs().mean()) < 0.05
     with Attachment(avatars.unet, ()) as attachment:
-        x, cond, ts = task.inputs(attachment, Dials(3.0, 0.5), slice(1, 3))
-    a = float(avatars.alphas_cumprod[ts[0]])
-    assert ts == [499, 249]
+        x, cond, course = task.inputs(attachment, Dials(3.0, 0.5), slice(1, 3))
+    a = float(avatars.alphas_cumprod[course.told[0]])
+    assert list(course.told) == [499, 249]
     torch.testing.assert_close(x, a**0.5 * task.latents[1:] + (1 - a) ** 0.5 * task.noise[1:])  # type: ignore[attr-defined]
     assert cond.positive.shape[0] == 2
 
@@ -259,6 +265,105 @@ def test_the_way_up_sees_no_weights(avatars: Model, cases: list[Case]) -> None:
     assert torch.equal(tasks[0].images(PLAIN, half), tasks[1].images(PLAIN, half))
 
 
+# --- other samplers, and schedules that bring their own steps
+
+TOLD = [940, 520, 130]
+
+
+def with_steps(model: Model, gain: float = 1.0, sampler: str = "dpmpp_2m", **dials: Any) -> Schedule:
+    """Three calls of a sampler at levels of one's own, and weights that differ by level and site."""
+    sites = [s.id for s in list_sites(model.unet, ("self", "cross", "ff"))]
+    weights = gain ** np.random.default_rng(1).uniform(-1, 1, (2, len(sites)))
+    return Schedule(sites, [10.0, 0.1], weights, steps=Steps(sampler, model.table[TOLD], **dials))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "uni_pc", "euler_ancestral"])
+def test_a_schedules_steps_are_the_course_of_its_pictures(avatars: Model, captions: list[Case], sampler: str) -> None:
+    schedule = with_steps(avatars, 1.3, sampler, told=avatars.table[[900, 560, 100]], guidance=(2.0, 5.0, 3.0))
+    task = make_task("generation", avatars, captions, 2)
+    before = avatars.calls
+    made = task.made(Dials(7.0), schedule)
+    assert avatars.calls - before == 3
+    assert schedule.steps is not None
+    course = replace(course_of_steps(avatars, schedule.steps), noises=task.fresh(3))
+    assert course.told == pytest.approx([900, 560, 100])
+    cond = Condition(avatars.encode([c.caption for c in captions]), avatars.encode([""] * 3), 7.0)
+    weights = lambda sigma: torch.from_numpy(schedule.at(sigma)).float()  # noqa: E731
+    with Attachment(avatars.unet, schedule.sites) as hooks:
+        latents = sample(avatars, hooks, task.noise * course.scale, cond, course, weights)
+        wrong = sample(avatars, hooks, task.noise * course.scale, cond, replace(course, guidance=None), weights)
+    assert made.latents is not None
+    assert torch.equal(made.latents, latents)
+    assert not torch.allclose(wrong, latents, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(made.images, avatars.decode(latents))
+    assert torch.equal(task.images(Dials(1.0), schedule), made.images)  # the file has the guidance, not the dials
+
+
+def test_weights_of_one_with_steps_are_the_stock_pipeline_at_these_timesteps(
+    avatars: Model, captions: list[Case]
+) -> None:
+    schedule = with_steps(avatars)
+    assert schedule.is_plain
+    task = make_task("generation", avatars, captions, 2)
+    hooks = attach(avatars, schedule)
+    assert hooks.sites == ()
+    hooks.remove()
+    stock = StableDiffusionPipeline(
+        avatars.vae, avatars.text_encoder, avatars.tokenizer, avatars.unet,
+        DPMSolverMultistepScheduler.from_config(
+            avatars.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
+        ), None, None, requires_safety_checker=False,
+    )  # type: ignore[no-untyped-call] # fmt: skip
+    stock.set_progress_bar_config(disable=True)
+    expected = stock(
+        [c.caption for c in captions], timesteps=TOLD, guidance_scale=3.0, latents=task.noise.clone(),
+        output_type="latent",
+    ).images  # fmt: skip
+    made = task.made(Dials(3.0), schedule)
+    torch.testing.assert_close(made.latents, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(made.images, task.images(Dials(3.0)))
+
+
+def test_an_edit_with_steps_starts_at_their_first_level(avatars: Model, cases: list[Case]) -> None:
+    task: Any = make_task("editing", avatars, cases, 2)
+    steps = Steps("ddim", avatars.table[[499, 249]])
+    schedule = Schedule.constant([s.id for s in list_sites(avatars.unet)], [1.0], steps=steps)
+    made = task.images(Dials(3.0, 0.9), schedule)  # whatever the strength that the dials say
+    same(made, task.images(Dials(3.0, 0.5)))
+    assert float((made - task.images(Dials(3.0, 0.9))).abs().max()) > 0.02
+
+
+def test_candidates_with_other_steps_share_no_calls(avatars: Model, captions: list[Case]) -> None:
+    task = make_task("generation", avatars, captions, 2)
+    one, other = with_steps(avatars, 1.3), with_steps(avatars, 1.3, "uni_pc")
+    half = with_steps(avatars, 0.7)  # as many sites, the same steps
+    plain = with_steps(avatars)
+    points = [(Dials(g), w) for g, w in [(3.0, one), (5.0, one), (3.0, other), (3.0, half), (3.0, plain), (3.0, None)]]
+    before = avatars.calls
+    together = task.candidates(points)
+    assert avatars.calls - before == 3 + 3 + 3 + 2  # (one, half), other, plain; None has the task's two calls
+    for made, point in zip(together, points, strict=True):
+        same(made.images, task.images(*point))
+
+
+@pytest.mark.parametrize(("sampler", "grid"), [("uni_pc", "karras"), ("lcm", "trailing"), ("euler_ancestral", "ays")])
+def test_a_task_has_a_sampler_and_a_grid(avatars: Model, captions: list[Case], sampler: str, grid: str) -> None:
+    """Noise that a sampler adds on the way is a function of case and draw, too."""
+    whole = make_task("generation", avatars, captions, 3, draws=2, sampler=sampler, grid=grid)
+    images = whole.images(PLAIN)
+    same(make_task("generation", avatars, captions[1:], 3, draws=2, batch=3, sampler=sampler, grid=grid).images(PLAIN),
+         images[2:])  # fmt: skip
+    assert len(torch.unique(images.flatten(1), dim=0)) == 6
+    course = whole.course(PLAIN)
+    assert (course.sampler, len(course)) == (sampler, 3)
+    expected = course_by_rule(avatars, 3, sampler, grid)
+    assert (course.sigmas, course.told) == (expected.sigmas, expected.told)
+    draws = whole.fresh(2)
+    assert torch.equal(whole.fresh(5)[:2], draws)
+    assert torch.equal(whole.fresh(1), draws[:1])
+
+
 # --- errors
 
 
@@ -269,14 +374,6 @@ def test_the_way_up_sees_no_weights(avatars: Model, cases: list[Case]) -> None:
         (lambda m, c: make_task("editing", m, [], 2), "no cases were given"),
         (lambda m, c: make_task("editing", m, c, 2, method="magic"), "task.method=magic is unknown"),
         (lambda m, c: make_task("editing", m, [*c, Case("mine", "x")], 2), "case mine has no source picture"),
-        (
-            lambda m, c: make_task("editing", m, [*c, Case("big", "x", source=np.zeros((48, 96, 3), np.uint8))], 2),
-            "case big: source is 96 x 48, avatars makes 64 x 64: resize it",
-        ),
-        (
-            lambda m, c: make_task("editing", m, [Case("t", "x", source=c[0].source, truth=c[0].source[:32])], 2),
-            "case t: truth is 64 x 32",
-        ),
         (lambda m, c: make_task("editing", m, c, 0).images(PLAIN), "steps=0"),
         (lambda m, c: make_task("editing", m, c, 2).images(Dials(3.0, 1.5)), "strength=1.5"),
     ],

@@ -1,0 +1,65 @@
+"""Nearness to the teacher, the plain model's own picture from the same noise in many calls.
+
+These objectives need no reward network, work on any model, and cannot be bought with artefacts: the truth is known.
+`teacher.latent` is a distance of latents, before the decoder; `teacher.psnr` and `teacher.ssim` compare pictures;
+`teacher.features.*` compare the last features of the embedded model's judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rwopt.objectives.avatar import NETWORKS, feature_distance
+from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec
+from rwopt.objectives.pixel import psnr, ssim
+
+
+def _latent(batch: Batch) -> Tensor:
+    assert batch.latents is not None
+    assert batch.teacher_latents is not None
+    error = (batch.latents - batch.teacher_latents).square().flatten(1).sum(1)
+    return error / batch.teacher_latents.square().flatten(1).sum(1).clamp(min=1e-12)
+
+
+def _psnr(batch: Batch) -> Tensor:
+    assert batch.teacher is not None
+    return psnr(batch.images, batch.teacher)
+
+
+def _ssim(batch: Batch) -> Tensor:
+    assert batch.teacher is not None
+    return ssim(batch.images, batch.teacher).clamp(min=0)
+
+
+def _features(network: str) -> Callable[[Batch], Tensor]:
+    def distance(batch: Batch) -> Tensor:
+        assert batch.teacher is not None
+        return feature_distance(network, batch.images, batch.teacher)
+
+    return distance
+
+
+_SPECS = {
+    "teacher.latent": (_latent, False, (0.0, float("inf")), "relative squared distance to the teacher's latents"),
+    "teacher.psnr": (_psnr, True, (0.0, 100.0), "peak signal-to-noise ratio to the teacher's picture, dB"),
+    "teacher.ssim": (_ssim, True, (0.0, 1.0), "structural similarity to the teacher's picture"),
+    **{
+        f"teacher.features.{network}": (
+            _features(network), False, (0.0, float("inf")), f"relative distance of the {network}'s last features",
+        )
+        for network in NETWORKS
+    },
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    return list(_SPECS)
+
+
+def make(name: str) -> Objective:
+    function, higher, span, about = _SPECS[name]
+    needs = frozenset({"latents", "teacher_latents"} if name == "teacher.latent" else {"teacher"})
+    spec = ObjectiveSpec(name, higher, True, span, needs, about=about, pictures=name != "teacher.latent")
+    return Objective(spec, function)

@@ -1,0 +1,66 @@
+"""Pictures as people have them, read as a viewer shows them and brought to the size that a model makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rwopt.errors import UserError, one_of
+
+READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Endings of the pictures that are looked for in a folder."""
+
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".gif", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")
+"""Endings of pictures that are refused by name: passing over a phone's photos in silence would surprise."""
+
+FITS = ("crop", "pad")
+"""How a picture of another shape takes the model's: its centre, or all of it with white beside it."""
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3], upright as a viewer shows it (EXIF), transparency on white; `UserError` if it is no picture."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):  # Pillow would clip all that is brighter than 255 of 65535
+                grey = (np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8)
+                return np.repeat(grey[..., None], 3, 2)
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return np.asarray(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"picture {path} cannot be read: there is no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise UserError(f"picture {path} cannot be read: give a PNG or JPEG file") from None
+
+
+def what_is_done(shape: tuple[int, ...], size: tuple[int, int], how: str = "crop") -> str:
+    """What `fit_picture` does to a picture of this shape (height, width, ...); "" for nothing."""
+    one_of(FITS, "task.fit", how)
+    if shape[:2] == size:
+        return ""
+    cut = {"crop": "cropped to its centre and scaled", "pad": "scaled with white beside it"}[how]
+    if shape[0] * size[1] == shape[1] * size[0]:
+        cut = "scaled"
+    return f"{cut} to {size[1]} x {size[0]}"
+
+
+def fit_picture(picture: np.ndarray, size: tuple[int, int], how: str = "crop") -> tuple[np.ndarray, str]:
+    """A picture uint8 [H, W, 3] brought to `size` (height, width); what was done, "" for nothing.
+
+    Nothing is squashed. `how`: "crop" keeps the largest part of the wanted shape around the centre; "pad" keeps all of
+    the picture, in the middle of white. Raises `UserError` for another `how`.
+    """
+    from PIL import Image, ImageOps
+
+    height, width = picture.shape[:2]
+    done = what_is_done(picture.shape, size, how)
+    if not done:
+        return picture, ""
+    image, wanted, smooth = Image.fromarray(picture), (size[1], size[0]), Image.Resampling.LANCZOS
+    fitted = ImageOps.fit(image, wanted, smooth) if how == "crop" else ImageOps.pad(image, wanted, smooth, "white")
+    return np.asarray(fitted), f"{width} x {height}, {done}"
