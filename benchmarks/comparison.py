@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from rwopt import config
-from rwopt.cli import _quiet
+from rwopt.cli.screen import quiet
 from rwopt.files import write_text
 from rwopt.progress import Bar
 from rwopt.results import Paired
-from rwopt.search.arms import ARMS
+from rwopt.search.arms import ARMS, LEARNED
 from rwopt.search.evaluation import Scores, compare
 from rwopt.search.identity import versions
 from rwopt.search.publish import picture_grid
@@ -63,7 +63,7 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
             who = other if name == "black box" else search
             start = who.dials()
             arms[name] = [
-                who.learn(start, seed, f"{name} {seed}", constant=name == "constant")
+                who.learn(start, seed, ARMS["constant" if name == "constant" else LEARNED], f"{name} {seed}")
                 for seed in range(repeats[name])
             ]
         metrics = list(settings.objective.report)
@@ -179,7 +179,7 @@ def main(recipe: str) -> None:
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-<recipe>)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    _quiet()
+    quiet()
     name = f"{recipe}-quick" if args.quick else recipe
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
     overrides = [*(QUICK if args.quick else FULL), *args.overrides]

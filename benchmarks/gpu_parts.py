@@ -34,9 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwopt.models import Model
 from rwopt.models.formats import auto_vae_format, has_bf16
 from rwopt.sampling.backprop import GradientPath
+from rwopt.sampling.course import Course, course_at, course_by_rule
 from rwopt.sampling.denoise import Condition
 from rwopt.sampling.memory import update_memory
-from rwopt.sampling.noise import timesteps
 from rwopt.schedule.weights import WeightFunction
 from rwopt.tuners.ascent import Ascent
 from rwopt.tuners.options import GradientOptions
@@ -293,31 +293,30 @@ def _update(place: Place, model: Any, pictures: int, path: str) -> Row:
     positive, negative = torch.randn(2, pictures, 77, model.unet.config.cross_attention_dim, generator=draw)
     cond = Condition(positive.to(place.device), negative.to(place.device), 7.5)
     ids = [site.id for site in list_sites(model.unet, tuple(BRANCHES))]
-    ts = timesteps(model, 2 if place.small else 10)
-    knots = np.array([model.sigma(t) for t in ts])
-    function = WeightFunction(ids, knots, {one: [i] for i, one in enumerate(ids)})
+    course = course_by_rule(model, 2 if place.small else 10)
+    function = WeightFunction(ids, np.array(course.sigmas), {one: [i] for i, one in enumerate(ids)})
 
     def reward(latents: Tensor) -> Tensor:
         return model.decode(latents).square().mean((1, 2, 3))
 
-    def update(attachment: Attachment, ts: list[int]) -> Tensor:
-        problem = SimpleNamespace(function=function, model=model, steps=len(ts), pictures=pictures,
-                                  batch=lambda attachment, rows: (x, cond, ts, reward))  # fmt: skip
+    def update(attachment: Attachment, course: Course) -> Tensor:
+        problem = SimpleNamespace(function=function, model=model, steps=len(course), pictures=pictures,
+                                  batch=lambda attachment, rows, theta: (x, cond, course, reward))  # fmt: skip
         theta = np.zeros(function.dimension)
         options = GradientOptions(mode=path, batch=pictures)
         ascent = Ascent(problem, attachment, theta, (theta - 1, theta + 1), options).to(place.device)  # type: ignore[arg-type]
         return ascent.reward_gradient(slice(0, pictures), 0)[1]
 
     with Attachment(model.unet, ids) as attachment:
-        update(attachment, ts[-1:])  # warm
+        update(attachment, course_at(model, [float(course.told[-1])]))  # warm
         if place.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         found: list[Tensor] = []
-        seconds = place.seconds(lambda: found.append(update(attachment, ts)))
+        seconds = place.seconds(lambda: found.append(update(attachment, course)))
     peak = round(torch.cuda.max_memory_allocated() / GIB, 2) if place.cuda else None
     finite = bool(found[0].isfinite().all())
-    return {"steps": len(ts), "seconds": round(seconds, 2), "gib": peak, "finite": finite}
+    return {"steps": len(course), "seconds": round(seconds, 2), "gib": peak, "finite": finite}
 
 
 # --- search and card

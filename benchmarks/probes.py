@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from comparison import ROOT, into, publish
 
-from rwopt.cli import _quiet
+from rwopt.cli.screen import quiet
 from rwopt.models import Model, load_model
 from rwopt.objectives.composite import Composite
 from rwopt.probes import Importance, make_probe
 from rwopt.probes.shapley import every_subset, exact_shapley, skip_loss
 from rwopt.probes.teacher import Teacher
-from rwopt.sampling.noise import timesteps
+from rwopt.sampling.course import Course, course_by_rule
 from rwopt.search.evaluation import interval
 from rwopt.search.identity import versions
 from rwopt.tasks import Dials, Task, make_task
@@ -42,7 +42,7 @@ from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
 
 DIALS = Dials(4.0)
-Inputs = tuple[Any, Any, list[int], Callable[[torch.Tensor], torch.Tensor]]
+Inputs = tuple[Any, Any, Course, Callable[[torch.Tensor], torch.Tensor]]
 
 REPAIRED = {"energy_guard": "fixed", "reversed": True, "teacher": "cached"}
 # name -> (probe, options, which oracle); those of WIDE also with four times the pictures, for the same calls
@@ -131,16 +131,16 @@ def fit(model: Model, steps: int, batch: int = 32) -> None:
 
 
 def inputs(task: Task, rows: slice, attachment: Attachment) -> Inputs:
-    """Start noise, condition and timesteps of some cases, and their reward."""
-    x, cond, ts = task.inputs(attachment, DIALS, rows)
-    return x, cond, ts, task_reward(task, Composite({"scorer.alignment": 1.0, "scorer.realism": 1.0}), rows)
+    """Start noise, condition and course of some cases, and their reward."""
+    x, cond, course = task.inputs(attachment, DIALS, rows)
+    return x, cond, course, task_reward(task, Composite({"scorer.alignment": 1.0, "scorer.realism": 1.0}), rows)
 
 
 @torch.no_grad()
 def oracle(model: Model, attachment: Attachment, given: Inputs, trajectory: str) -> np.ndarray:
     """Exact Shapley values [K, S], mean over pictures."""
-    x, cond, ts, _ = given
-    predict, outputs = Teacher(model, attachment, x, cond, ts).view(trajectory)
+    x, cond, course, _ = given
+    predict, outputs = Teacher(model, attachment, x, cond, course).view(trajectory)
     return np.array([
         exact_shapley(every_subset(skip_loss(predict, i, plain, len(x)), len(attachment.sites))).mean(1)
         for i, plain in enumerate(outputs)
@@ -152,14 +152,14 @@ def measure(
 ) -> Importance:
     if probe == "exact":
         return exact(model, ids, given, **options)
-    x, cond, ts, reward = given
+    x, cond, course, reward = given
     if probe in ("voting", "shapley", "snr"):
         options = {**options, "seed": seed}
     if probe == "reward_gradient":
         options = {**options, "reward": reward}
     made = make_probe(probe, **options)
     with Attachment(model.unet, ids, made.mode) as attachment:
-        return made(model, attachment, x, cond, ts)
+        return made(model, attachment, x, cond, course)
 
 
 def exact(model: Model, ids: list[str], given: Inputs, trajectory: str) -> Importance:
@@ -167,7 +167,7 @@ def exact(model: Model, ids: list[str], given: Inputs, trajectory: str) -> Impor
     with Attachment(model.unet, ids) as attachment:
         before = model.calls
         scores = oracle(model, attachment, given, trajectory)
-    sigmas = np.array([model.sigma(t) for t in given[2]])
+    sigmas = np.array(given[2].sigmas)
     return Importance(tuple(ids), sigmas, scores, calls=model.calls - before, method="exact")
 
 
@@ -184,7 +184,7 @@ def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> l
         *few, judged = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(narrow)]
         many = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(wide)]
         truth = {t: oracle(model, attachment, judged, t) for t in {p[2] for p in probes.values()}}
-    sigmas = [model.sigma(t) for t in timesteps(model, args.steps)]
+    sigmas = course_by_rule(model, args.steps).sigmas
     out = []
     for name, (probe, options, judge) in probes.items():
         parts = many if name.endswith("more pictures") else many[:2] if probe == "exact" else few
@@ -283,7 +283,7 @@ def main() -> None:
     if args.quick:
         args.repeats, args.pictures, args.judges, args.steps, args.train, args.sites = 2, 2, 2, 2, 3, 5
         probes = {k: (p, {**o, "rounds": 1, "epochs": 2} if p == "voting" else o, j) for k, (p, o, j) in PROBES.items()}
-    _quiet()
+    quiet()
     base = load_model(dtype="float32")
     models = [base, second_model(base, args.folder, args.train)]
     rows = [row for model in models for row in rows_of(model, args, probes)]

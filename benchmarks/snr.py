@@ -26,13 +26,13 @@ from comparison import ROOT, publish
 from probes import spearman
 
 from rwopt import config
-from rwopt.cli import _quiet
+from rwopt.cli.screen import quiet
 from rwopt.models import Model
 from rwopt.probes import Importance
 from rwopt.probes.snr import Moments
 from rwopt.progress import Silent
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition, predict
-from rwopt.sampling.noise import add_noise
 from rwopt.sampling.sample import sample
 from rwopt.schedule import Schedule
 from rwopt.search.evaluation import HELD_OUT, OBJECTIVE, compare, interval, score
@@ -52,18 +52,18 @@ def along(slopes: Importance, reach: float) -> Schedule:
 
 @torch.no_grad()
 def prediction_snr(
-    model: Model, attachment: Attachment, clean: torch.Tensor, text: Condition, ts: list[int], draws: int,
+    model: Model, attachment: Attachment, clean: torch.Tensor, text: Condition, course: Course, draws: int,
     schedule: Schedule,
 ) -> np.ndarray:  # fmt: skip
     """log SNR [K, N] of the clean picture that a v-predicting U-Net sees in `clean` under noise."""
     generator, out = torch.Generator().manual_seed(1), []
-    for t in ts:
-        moments, alpha = Moments(), float(model.alphas_cumprod[t])
-        weights = torch.from_numpy(schedule.at(model.sigma(t))).float()
+    for i, (sigma, t) in enumerate(zip(course.sigmas, course.told, strict=True)):
+        moments, signal, noise = Moments(), course.levels.signal[i], course.levels.noise[i]
+        weights = torch.from_numpy(schedule.at(sigma)).float()
         for _ in range(draws):
-            noisy = add_noise(model, clean, torch.randn(clean.shape, generator=generator), t)
+            noisy = signal * clean + noise * torch.randn(clean.shape, generator=generator)
             v = predict(model, attachment, noisy, t, text, weights)
-            seen = alpha**0.5 * noisy - (1 - alpha) ** 0.5 * v
+            seen = signal * noisy - noise * v
             moments.add(seen, seen)
         out.append(moments.log_snr())
     return np.array(out)
@@ -85,15 +85,17 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for reach in REACH:
         schedules |= {f"along {reach}": along(slopes, reach), f"against {reach}": along(slopes, -reach)}
     with Attachment(model.unet, ids) as attachment:
-        x, cond, ts = task.inputs(attachment, experiment.base, slice(0, n))
-        clean, text = sample(model, attachment, x, cond, ts), Condition(cond.positive)
-        levels = {k: prediction_snr(model, attachment, clean, text, ts, args.draws, s) for k, s in schedules.items()}
+        x, cond, course = task.inputs(attachment, experiment.base, slice(0, n))
+        clean, text = sample(model, attachment, x, cond, course), Condition(cond.positive)
+        levels = {
+            k: prediction_snr(model, attachment, clean, text, course, args.draws, s) for k, s in schedules.items()
+        }
     judged = experiment.splits.task("validation")
     scores = {
-        name: score(judged, judged.images(experiment.base, None if name == "plain" else s), experiment.composites)
+        name: score(judged, judged.made(experiment.base, None if name == "plain" else s), experiment.composites)
         for name, s in schedules.items()
     }
-    for k, (sigma, t) in enumerate(zip(slopes.sigmas.tolist(), ts, strict=True)):
+    for k, (sigma, t) in enumerate(zip(slopes.sigmas.tolist(), course.told, strict=True)):
         kinds: dict[str, list[float]] = {"self": [], "cross": [], "ff": []}
         for site, slope in zip(ids, slopes.scores[k].tolist(), strict=True):
             kinds[site.rpartition(".")[2]].append(slope)
@@ -157,7 +159,7 @@ def main() -> None:
     if args.quick:
         args.pictures, args.draws, args.cases = 3, 3, 4
         args.overrides = ["task.steps=2", "weights.knots=2", *args.overrides]
-    _quiet()
+    quiet()
     name = "snr-quick" if args.quick else "snr"
     file = ROOT / "results" / f"{name}.json"
     if args.table:

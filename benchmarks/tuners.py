@@ -32,9 +32,10 @@ import numpy as np
 from comparison import ROOT, into
 
 from rwopt import config
-from rwopt.cli import _quiet
+from rwopt.cli.screen import quiet
 from rwopt.files import write_text
 from rwopt.progress import Silent
+from rwopt.search.arms import ARMS, LEARNED
 from rwopt.search.evaluation import interval
 from rwopt.search.identity import versions
 from rwopt.search.search import Search
@@ -89,7 +90,8 @@ class Race:
     _starts: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.experiment, self.function = self.search.experiment, self.search.functions()[0]
+        self.experiment = self.search.experiment
+        self.function = self.search.function(ARMS[LEARNED], self.experiment.base)
         radius = self.search.settings.weights.radius
         self.space = [Parameter(n, -radius, radius) for n in self.function.names]
         task = self.experiment.splits.task("train")
@@ -286,7 +288,7 @@ def main() -> None:
         args.seeds, args.trials, args.tasks = 1, 4, ["editing"]
         entries = {n: e for n, e in entries.items() if e.kind not in ("gp", "cmaes")}  # their first moves are random
         starts = {n: e for n, e in starts.items() if e.gradient}
-    _quiet()
+    quiet()
     rows: Rows = []
     begun: Rows = []
     plain: dict[str, float] = {}

@@ -22,8 +22,9 @@ import numpy as np
 from comparison import ROOT, publish
 
 from rwopt import config
-from rwopt.cli import _quiet
+from rwopt.cli.screen import quiet
 from rwopt.progress import Bar
+from rwopt.search.arms import ARMS, LEARNED
 from rwopt.search.evaluation import HELD_OUT, OBJECTIVE, compare
 from rwopt.search.identity import versions
 from rwopt.search.search import Search
@@ -60,7 +61,8 @@ def rows_of(
     for name in names:
         settings = config.load(recipe, [*overrides, *VARIANTS[name], "track.wandb=off"])
         search = Search(settings, folder / name.replace(" ", "-"), bar)
-        tuner, base, function = search.tuner, search.experiment.base, search.functions()[0]
+        tuner, base = search.tuner, search.experiment.base
+        function = search.function(ARMS[LEARNED], base)
         plain = tuner.fixed("plain")
         learned = tuner.tune_weights(name, function, base, {"plain": np.zeros(function.dimension)}, seed=0)
         reported = [m for m in metrics if m not in (OBJECTIVE, HELD_OUT)]
@@ -116,7 +118,7 @@ def main() -> None:
         names = names[4:7]
     if args.quick:
         recipes, given = recipes[:1], [*QUICK, *args.overrides]
-    _quiet()
+    quiet()
     name = "variants-quick" if args.quick else "variants"
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
     rows: list[dict[str, Any]] = []

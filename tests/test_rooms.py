@@ -77,7 +77,7 @@ def test_arrows_go_down() -> None:
 
 def test_only_the_command_line_asks_the_package_for_its_version() -> None:
     """The package's own `__init__` names what is public and stands above all rooms."""
-    assert [name for name, targets in GRAPH.items() if "rwopt" in targets] == ["rwopt.cli"]
+    assert [name for name, targets in GRAPH.items() if "rwopt" in targets] == ["rwopt.cli.parser"]
 
 
 def test_there_is_no_circle() -> None:
@@ -96,7 +96,7 @@ def test_there_is_no_circle() -> None:
 
 def test_nothing_below_the_command_line_composes_recipes() -> None:
     for name, tree in TREES.items():
-        if name in ("rwopt.cli", "rwopt.config"):
+        if room(name) in ("cli", "config"):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "rwopt.config":
@@ -122,8 +122,8 @@ def test_modules_have_a_docstring_and_fit_on_a_few_screens() -> None:
 
 
 def test_no_module_only_forwards() -> None:
-    """But for a room's `__init__`, which may name what is in it."""
+    """But for a room's `__init__`, which may name what is in it, and what `python -m` runs."""
     for name, tree in TREES.items():
         assert isinstance(tree, ast.Module)
-        if KNOWN[name].name != "__init__.py":
+        if KNOWN[name].name not in ("__init__.py", "__main__.py"):
             assert any(isinstance(n, ast.ClassDef | ast.FunctionDef) for n in tree.body), name

@@ -17,6 +17,7 @@ from rwopt.config import TunerSettings
 from rwopt.errors import UserError, one_of
 from rwopt.files import write_text
 from rwopt.schedule import Schedule
+from rwopt.schedule.steps import DIALS
 from rwopt.tasks import Dials
 
 BUDGETS = ("none", "control", "full")
@@ -28,8 +29,10 @@ class ArmSpec:
     """One way of making pictures.
 
     published: its schedule is the closed form of that name in `rwopt.search.baselines.PUBLISHED`; learned: it is
-    learned, with a knot for each noise level or, if `constant`, one for all; neither: there is none. budget: what
-    tuning may spend beyond the dials that all start from (`evaluations`).
+    learned, with a knot for each noise level or, if `constant`, one for all; neither: there is none. weights, steps:
+    what is learned, weights or none, and which of the sampler's dials (None: those of the recipe's `steps.learn`).
+    solver: the best of the recipe's samplers and grids. budget: what tuning may spend beyond the dials that all start
+    from (`evaluations`).
     """
 
     name: str
@@ -38,17 +41,25 @@ class ArmSpec:
     published: str = ""
     learned: bool = False
     constant: bool = False
+    weights: bool = True
+    steps: tuple[str, ...] | None = None
+    solver: bool = False
 
     def evaluations(self, tuner: TunerSettings) -> int:
-        """Candidates that may be scored on train cases: none, a control's, or those of weights and their dials."""
+        """Candidates that may be scored on train cases: none, a control's, or those of weights and their dials.
+
+        Where dials are not tuned (`tuner.dial_trials` 0), an arm of dials alone is a control.
+        """
+        control = not (tuner.dial_trials or self.learned or self.published) and self.budget != "none"
         full = tuner.trials + 2 * tuner.dial_trials
-        return {"none": 0, "control": tuner.control_trials, "full": full}[self.budget]
+        return {"none": 0, "control": tuner.control_trials, "full": full}["control" if control else self.budget]
 
 
 ARMS = {
     spec.name: spec
     for spec in (
         ArmSpec("plain", "no schedule, the recipe's own dials", "none"),
+        ArmSpec("best solver", "no schedule, the best plain sampler and grid", "none", solver=True),
         ArmSpec("best guidance", "no schedule, tuned dials"),
         ArmSpec("analytic", "published voted schedule, tuned dials", published="voted"),
         ArmSpec("gradient norm", "published closed form from gradient norms, tuned dials", "control", "gradient norm"),
@@ -57,20 +68,32 @@ ARMS = {
         ArmSpec("permuted sites", "the analytic schedule, blocks exchanged", "control", "permuted sites"),
         ArmSpec("permuted steps", "the analytic schedule, steps exchanged", "control", "permuted steps"),
         ArmSpec("constant", "learned weights that do not change with noise", learned=True, constant=True),
+        ArmSpec("clock", "learned noise levels, no weights", learned=True, weights=False, steps=("clock",)),
+        ArmSpec("clock and told", "learned noise levels, and what the U-Net is told", learned=True, weights=False,
+                steps=("clock", "told")),
+        ArmSpec("sampler dials", "all of the sampler's dials learned, no weights", learned=True, weights=False,
+                steps=DIALS),
+        ArmSpec("weights", "learned weights, the sampler's own steps", learned=True, steps=()),
+        ArmSpec("weights and clock", "learned weights and noise levels", learned=True, steps=("clock",)),
         ArmSpec(LEARNED, "learned weights over noise and sites", learned=True),
     )
 }
+USUAL = ("plain", "best guidance", "analytic", "gradient norm", "uniform mean", "reversed", "permuted sites",
+         "permuted steps", "constant", LEARNED)  # fmt: skip
 
 
 def chosen(names: Sequence[str]) -> list[ArmSpec]:
-    """The arms that a recipe names, all for none. Raises `UserError` for an unknown one, a repeat, no `learned`."""
+    """The arms that a recipe names, the usual ones for none.
+
+    Raises `UserError` for an unknown one, for a repeat, and where `learned` is left out.
+    """
     for i, name in enumerate(names):
         one_of(tuple(ARMS), "arms", name)
         if name in names[:i]:
             raise UserError(f"arms={list(names)}: names {name} twice: give each once")
     if names and LEARNED not in names:
         raise UserError(f"arms={list(names)}: lacks {LEARNED}, which the schedule file is made of: add it")
-    return [ARMS[name] for name in names or ARMS]
+    return [ARMS[name] for name in names or USUAL]
 
 
 @dataclass
@@ -92,7 +115,7 @@ class Arm:
     def save(self, path: Path) -> None:
         data = {**asdict(self), "dials": self.dials.to_dict(), "schedule": None}
         if self.schedule is not None:
-            data["schedule"] = self.schedule.to_dict()
+            data["schedule"] = self.schedule.exact()
         write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwopt.config import Settings
+from rwopt.errors import UserError, one_of
 from rwopt.models import load_model
 from rwopt.report import Report, image_grid
 from rwopt.results import ArmMeans
+from rwopt.sampling.course import course_by_rule
 from rwopt.schedule import Schedule
+from rwopt.schedule.samplers import SAMPLERS
 from rwopt.search.arms import Arm
 from rwopt.search.evaluation import compare
 from rwopt.search.experiment import Experiment
 from rwopt.search.verdict import report_metrics
 from rwopt.tasks import Dials, make_task
 from rwopt.tasks.cases import Case, fit_picture
+from rwopt.tasks.teacher import teach
 
 
 def own_dials(schedule: Schedule | None, guidance: float, strength: float) -> Dials:
@@ -30,7 +34,7 @@ def own_dials(schedule: Schedule | None, guidance: float, strength: float) -> Di
 
 def compare_schedules(settings: Settings, schedules: Mapping[str, Schedule], split: str) -> Report:
     """Each schedule at its own calibrated dials, the plain model at the recipe's, on one split, paired to the first."""
-    model = load_model(**asdict(settings.model))
+    model = load_model(**asdict(settings.model), size=settings.task.size)
     experiment = Experiment(settings, model)
     columns = report_metrics(settings)
     arms = [Arm("plain", experiment.base)]
@@ -53,6 +57,30 @@ def compare_schedules(settings: Settings, schedules: Mapping[str, Schedule], spl
     )  # fmt: skip
 
 
+LONG = 50
+"""U-Net calls of the plain picture that a schedule with steps is shown beside."""
+
+
+def carried_over(
+    schedule: Schedule, calls: int | None, sampler: str | None, guidance: float | None, table: np.ndarray,
+    say: Callable[[str], None],
+) -> Schedule:  # fmt: skip
+    """A schedule's steps for what was asked instead, each change told. table: the model's VE sigmas [T]."""
+    steps = schedule.steps
+    assert steps is not None
+    if calls is not None and calls != len(steps):
+        say(f"steps: the file's dials are for {len(steps)} calls, here carried over to {calls}: not measured")
+        steps = steps.resampled(calls, table)
+    if sampler is not None and sampler != steps.sampler:
+        one_of(tuple(SAMPLERS), "--sampler", sampler)
+        say(f"sampler: the file's dials are for {steps.sampler}, here used with {sampler}: not measured")
+        steps = replace(steps, sampler=sampler)
+    if guidance is not None and steps.guidance:
+        say(f"guidance: {guidance:g} takes the place of the file's {', '.join(f'{g:.2f}' for g in steps.guidance)}")
+        steps = replace(steps, guidance=())
+    return replace(schedule, steps=steps)
+
+
 def pictures(
     cases: Sequence[Case],
     out: Path,
@@ -61,14 +89,27 @@ def pictures(
     steps: int | None = None,
     guidance: float | None = None,
     strength: float | None = None,
+    sampler: str | None = None,
+    grid: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Pictures of the cases, plain and scheduled side by side in one file; edits if the cases have source pictures.
 
-    steps, guidance, strength: None for what the schedule was calibrated with. say: takes a line for each thing that was
-    changed on the way: a picture cut to the model's size, the end of a caption that is lost.
+    steps, guidance, strength, sampler: None for what the schedule was calibrated with. A schedule with steps of its own
+    also stands beside the plain model's picture in `LONG` calls. say: takes a line for each thing that was changed on
+    the way: a picture cut to the model's size, the end of a caption that is lost, steps carried over to another use.
     """
     loaded = load_model(model)
+    if schedule is not None and schedule.steps is not None:
+        schedule = carried_over(schedule, steps, sampler, guidance, loaded.table, say)
+        own_steps = schedule.steps
+        assert own_steps is not None
+        if strength is not None:
+            raise UserError(
+                f"--strength {strength:g}: the file's steps start at noise level {own_steps.sigmas[0]:.3g}, which is "
+                "their strength: leave it out"
+            )
+        steps, sampler = len(own_steps), own_steps.sampler
     edit = cases[0].source is not None
     own = own_dials(schedule, 4.0, 0.7)
     given = own.strength if strength is None else strength
@@ -85,7 +126,10 @@ def pictures(
             end = lost if len(lost) <= 100 else f"{lost[:100]} ..."
             say(f"caption: the text window is full, so its end is cut off and does nothing: {end}")
     method = str(made.get("method", "sdedit"))
-    task = make_task("editing" if edit else "generation", loaded, cases, steps, method=method, plain=dials)
+    task = make_task(
+        "editing" if edit else "generation", loaded, cases, steps, method=method, plain=dials,
+        sampler=sampler or "ddim", grid=grid or "trailing",
+    )  # fmt: skip
     columns: dict[str, list[np.ndarray]] = {}
     if edit:
         columns["source"] = [case.source for case in cases if case.source is not None]
@@ -93,6 +137,10 @@ def pictures(
         if name == "plain" or schedule is not None:
             images = task.images(dials, table)
             columns[name] = list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    if schedule is not None and schedule.steps is not None:
+        teach(task, dials, course_by_rule(loaded, LONG, "dpmpp_2m", "trailing", task.reach(dials)))
+        assert task.teacher is not None
+        columns[f"plain, {LONG} calls"] = list((task.teacher * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     if all(case.truth is not None for case in cases):
         columns["truth"] = [case.truth for case in cases if case.truth is not None]
     return image_grid(columns, out, [c.caption for c in cases])

@@ -44,10 +44,9 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    task: Task, images: Tensor, composites: Mapping[str, Callable[[Batch], Tensor]], metrics: Sequence[str] = ()
+    task: Task, batch: Batch, composites: Mapping[str, Callable[[Batch], Tensor]], metrics: Sequence[str] = ()
 ) -> Scores:
     """Scores of all pictures of a task, averaged inside each case: named composites, then single objectives."""
-    batch = task.describe(images)
     raw = {name: composite(batch) for name, composite in composites.items()}
     for name in metrics:
         raw[name] = make_objective(name)(batch)

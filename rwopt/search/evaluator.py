@@ -54,8 +54,8 @@ class Evaluator:
         composites = {OBJECTIVE: self.objective} if OBJECTIVE in wanted else {}
         singles = [name for name in wanted if name != OBJECTIVE]
         out = []
-        for images in task.candidates(candidates):
-            values = score(task, images, composites, singles).values
+        for batch in task.candidates(candidates):
+            values = score(task, batch, composites, singles).values
             out.append({name: self.signs[name] * values[name] for name in wanted})
         return out
 
@@ -158,6 +158,6 @@ class Evaluator:
 
     def _worst(self, name: str, seen: np.ndarray) -> float:
         """Where hypervolume is counted from: the worst possible score, or the worst seen if there is no end to it."""
-        low, high = (0.0, 1.0) if name == OBJECTIVE else make_objective(name).spec.range
+        low, high = self.objective.range if name == OBJECTIVE else make_objective(name).spec.range
         worst = low if self.signs[name] > 0 else -high
         return worst if np.isfinite(worst) else float(seen.min())

@@ -20,11 +20,12 @@ NAME = "name.txt"
 
 
 def weights_digest(model: Model, each: int = 64) -> str:
-    """SHA-256 over the first numbers of every tensor of the U-Net, in bfloat16: the same from any number format."""
+    """SHA-256 over the first numbers of every tensor of U-Net and VAE, in bfloat16: the same from any number format."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.unet.state_dict().items()):
-        head = tensor.reshape(-1)[:each].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + head.numpy().tobytes())
+    for net in (model.unet, model.vae):
+        for name, tensor in sorted(net.state_dict().items()):
+            head = tensor.reshape(-1)[:each].to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + head.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -33,7 +34,7 @@ def fingerprint(settings: Settings, model: Model) -> str:
     bare = replace(
         settings,
         track=type(settings.track)(),
-        model=replace(settings.model, name="", device="auto", checkpointing="auto"),
+        model=replace(settings.model, name="", device="auto", checkpointing="auto", config="", revision="", variant=""),
         tuner=replace(settings.tuner, storage="", heartbeat=1, grace=2),
     )
     return hashlib.sha256((to_yaml(bare) + weights_digest(model)).encode()).hexdigest()

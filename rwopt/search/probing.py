@@ -40,8 +40,8 @@ class Probing:
             options = {"reward": task_reward(task, experiment.objective, slice(0, cases)), **options}
         probe = make_probe(name, **options)
         with Attachment(experiment.model.unet, ids, mode) as attachment:
-            x, cond, ts = task.inputs(attachment, experiment.base, slice(0, cases))
-            importance = probe(experiment.model, attachment, x, cond, ts)
+            x, cond, course = task.inputs(attachment, experiment.base, slice(0, cases))
+            importance = probe(experiment.model, attachment, x, cond, course)
         importance.save(path)
         return importance
 

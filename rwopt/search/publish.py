@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from rwopt.report import (
 )
 from rwopt.results import ArmMeans
 from rwopt.schedule import Schedule, noise_block
+from rwopt.schedule.samplers import SAMPLERS
 from rwopt.search.arms import LEARNED, Arm
 from rwopt.search.evaluation import compare
 from rwopt.search.experiment import Experiment
@@ -30,7 +32,7 @@ from rwopt.search.tuning import ArmTuner
 from rwopt.search.verdict import report_metrics, verdict
 from rwopt.tracking import FanOut
 
-SHOWN = ("plain", "best guidance", "analytic", LEARNED)
+SHOWN = ("plain", "best solver", "best guidance", "analytic", "sampler dials", LEARNED)
 """The arms whose pictures stand side by side."""
 
 
@@ -49,7 +51,7 @@ def describe(experiment: Experiment, arm: Arm, command: str) -> Schedule:
             "task": task.name,
             **({"method": task.method} if edit else {}),
             "num_inference_steps": task.steps,
-            "scheduler": {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "eta": 0.0},
+            "scheduler": scheduler_of(task.sampler, task.grid),
             "guidance_scale": arm.dials.guidance,
             **({"strength": arm.dials.strength} if edit else {}),
             "resolution": [int(n) for n in references.shape[-2:]],
@@ -65,6 +67,13 @@ def describe(experiment: Experiment, arm: Arm, command: str) -> Schedule:
             **({"choice": arm.choice} if arm.choice else {}),
         },
     )
+
+
+def scheduler_of(sampler: str, grid: str) -> dict[str, Any]:
+    """The stock diffusers scheduler that a sampler equals, and its grid."""
+    known = SAMPLERS[sampler]
+    spacing = {"timestep_spacing": grid} if grid in ("trailing", "leading", "linspace") else {"grid": grid}
+    return {"_class_name": known.scheduler, **known.options, **spacing}
 
 
 def picture_grid(experiment: Experiment, arms: Mapping[str, Arm], path: Path, rows: int = 8) -> None:
@@ -89,9 +98,10 @@ def picture_grid(experiment: Experiment, arms: Mapping[str, Arm], path: Path, ro
     for name in SHOWN:
         if name in arms:
             columns[name] = pictures(task.images(arms[name].dials, arms[name].schedule))
-    truth = task.describe(torch.zeros(len(task), 3, 1, 1)).truth
-    if truth is not None:
-        columns["truth"] = pictures(truth)
+    about = task.describe(torch.zeros(len(task), 3, 1, 1))
+    for name, images in (("teacher", about.teacher), ("truth", about.truth)):
+        if images is not None:
+            columns[name] = pictures(images)
     captions = [", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in c.change.items()) or c.caption for c in chosen]
     image_grid(columns, path, captions)
 
@@ -145,7 +155,7 @@ class Publisher:
         folder = self.folder
         schedule_heatmap(schedule, folder / "schedule.png")
         importance_heatmap(importance, folder / "probe.png")
-        weights = self.tuner.kept(f"{LEARNED} weights")
+        weights = self.tuner.kept(f"{LEARNED} weights") or self.tuner.kept(LEARNED)
         assert weights is not None  # the learned arm was made of it
         history = weights.history
         marks = {origin: i for i, (origin, _) in enumerate(history) if origin in ("plain", "probe")}

@@ -5,6 +5,7 @@ Each stage leaves its result in the run folder and is skipped if it is there, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,33 @@ from rwopt.models import load_model
 from rwopt.probes import make_probe
 from rwopt.progress import Progress
 from rwopt.report import Report
-from rwopt.sampling.noise import timesteps
+from rwopt.sampling.course import Course, course_by_rule
 from rwopt.schedule import Schedule
+from rwopt.schedule.steps import StepFunction, Steps
 from rwopt.schedule.weights import WeightFunction
 from rwopt.search.arms import ARMS, LEARNED, Arm, ArmSpec, chosen
+from rwopt.search.evaluation import OBJECTIVE
 from rwopt.search.experiment import Experiment
 from rwopt.search.identity import NAME, fingerprint, run_name
+from rwopt.search.preflight import Plan, preflight
 from rwopt.search.probing import Probing
 from rwopt.search.publish import Publisher, describe
 from rwopt.search.tuning import ArmTuner
 from rwopt.search.verdict import report_metrics
-from rwopt.tasks.cases import SPLITS
+from rwopt.search.worth import worth
+from rwopt.tasks import Dials
+from rwopt.tasks.cases import SPLITS, digest
 from rwopt.tracking import FanOut, open_tracker, wandb_mode
 from rwopt.unet.sites import group_sites, list_sites
 
 
 class Search:
-    """One run in one folder. `run()` does everything; benchmarks call the stages one by one."""
+    """One run in one folder. `run()` does everything; benchmarks call the stages one by one, and let several runs share
+    a folder of `teachers`."""
 
-    def __init__(self, settings: Settings, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, settings: Settings, folder: Path, progress: Progress, teachers: Path | None = None
+    ) -> None:
         self.settings, self.folder, self.progress = settings, folder, progress
         if settings.track.wandb == "online":
             wandb_mode("online")  # a missing key is told before anything is done
@@ -45,11 +54,12 @@ class Search:
         stored = folder / "recipe.yaml"
         if stored.exists() and stored.read_text() != text:
             raise UserError(f"{stored} differs from this recipe: resume without overrides, or use a new folder")
-        model = load_model(**asdict(settings.model))
-        self.experiment = Experiment(settings, model)
+        model = load_model(**asdict(settings.model), size=settings.task.size)
+        self.experiment = Experiment(settings, model, teachers or folder / "teacher")
         self.tuner = ArmTuner(self.experiment, folder, progress, fingerprint(settings, model))
         self.probing = Probing(self.experiment, folder)
         self._check()
+        write_text(folder / "cases.txt", self.digest)
         if not stored.exists():
             write_text(folder / NAME, run_name(folder) + "\n")
             write_text(stored, text)
@@ -58,24 +68,40 @@ class Search:
         """What the typed border cannot know: names and ranges that depend on the model and the cases."""
         settings, model = self.settings, self.experiment.model
         report_metrics(settings)
+        if settings.steps.learn and settings.tuner.dial_trials:
+            raise UserError(
+                f"steps.learn={settings.steps.learn} with tuner.dial_trials={settings.tuner.dial_trials}: strength and "
+                "guidance are in the learned steps already, set tuner.dial_trials=0"
+            )
         make_probe(settings.probe.name, **settings.probe.options)
         list_sites(model.unet, settings.weights.kinds)
         least = settings.dials.strength_bounds[0] if settings.task.name == "editing" else 1.0
-        timesteps(model, settings.task.steps, least)
-        for split in SPLITS:
-            self.experiment.splits.cases(split)
+        course_by_rule(model, settings.task.steps, settings.task.sampler, settings.task.grid, least)
+        cases = [case for split in SPLITS for case in self.experiment.splits.cases(split)]
+        kept, found = self.folder / "cases.txt", digest(cases) + "\n"
+        if kept.exists() and kept.read_text() != found:
+            raise UserError(f"task.cases={settings.task.cases} has changed since {self.folder} began: use a new folder")
+        self.digest = found
 
     @property
     def evaluations(self) -> int:
         """Candidate evaluations of a whole run, for the progress bar."""
         return self.settings.tuner.dial_trials + sum(spec.evaluations(self.settings.tuner) for spec in self.arms)
 
+    def preflight(self) -> Plan:
+        """What this run will do and take. Raises `UserError` for what is missing."""
+        plan = preflight(self.experiment, self.arms, self.folder)
+        if plan.missing:
+            raise UserError(plan.missing[0])
+        return plan
+
     # stages
 
     def dials(self) -> Arm:
-        """Tuned dials without a schedule; every other tuned arm starts from them."""
-        base = self.experiment.base.to_dict()
-        trials = self.settings.tuner.dial_trials
+        """Tuned dials without a schedule, from which every other tuned arm starts; without trials the recipe's own."""
+        base, trials = self.experiment.base.to_dict(), self.settings.tuner.dial_trials
+        if not trials:
+            return self.tuner.fixed("dials")
         return self.tuner.tune_dials("dials", None, trials, {"recipe": base}, study="guidance")
 
     def dial_starts(self, dials: Arm) -> dict[str, dict[str, float]]:
@@ -91,14 +117,37 @@ class Search:
     def make(self, spec: ArmSpec, dials: Arm) -> Arm:
         """One arm, found within its budget."""
         if spec.learned:
-            return self.learn(dials, self.settings.tuner.seed, spec.name, spec.constant)
+            return self.learn(dials, self.settings.tuner.seed, spec)
+        if spec.solver:
+            return self.tuner.best_of(spec.name, self.solvers(), spec.note)
         if spec.published:
             return self._published(spec, dials)
         if spec.budget == "none":
             return self.tuner.fixed(spec.name, note=spec.note)
+        start = {"recipe": dials.dials.to_dict()}
+        if not self.settings.tuner.dial_trials:  # a control of sampler dials: the best plain sampler, guidance tuned
+            solver, trials = self.tuner.kept("best solver"), spec.evaluations(self.settings.tuner)
+            schedule = None if solver is None else solver.schedule
+            return self.tuner.tune_dials(spec.name, schedule, trials, start, note=spec.note)
         # the study of the dials, gone on with until it has had as many evaluations as a learned arm, its start included
         trials = spec.evaluations(self.settings.tuner) + self.settings.tuner.dial_trials
-        return self.tuner.tune_dials(spec.name, None, trials, {"recipe": dials.dials.to_dict()}, "guidance", spec.note)
+        return self.tuner.tune_dials(spec.name, None, trials, start, "guidance", spec.note)
+
+    def solvers(self, steps: int | None = None) -> dict[str, Schedule]:
+        """The recipe's plain samplers on its grids, those that allow `steps` calls (default: `task.steps`)."""
+        wanted, model = self.settings.steps, self.experiment.model
+        sites, out = tuple(s.id for s in list_sites(model.unet, self.settings.weights.kinds)), {}
+        for sampler in wanted.samplers:
+            for grid in wanted.grids:
+                try:
+                    course = course_by_rule(
+                        model, steps or self.settings.task.steps, sampler, grid, self._reach(self.experiment.base)
+                    )
+                except UserError:  # a list of levels has one length
+                    continue
+                plan = Steps(sampler, course.sigmas)
+                out[f"{sampler}, {grid}"] = Schedule.constant(sites, course.sigmas, steps=plan)
+        return out
 
     def _published(self, spec: ArmSpec, dials: Arm) -> Arm:
         schedule, price = self.probing.published(spec.published)
@@ -107,34 +156,68 @@ class Search:
             spent=(dials.evaluations, dials.calls + price), around=dials.dials,
         )  # fmt: skip
 
-    def functions(self) -> tuple[WeightFunction, WeightFunction]:
-        """The weight function of the recipe, and the same with one knot (constant over noise)."""
-        wanted, model = self.settings.weights, self.experiment.model
+    def function(self, spec: ArmSpec, dials: Dials) -> WeightFunction:
+        """The weight function of a learned arm at some dials: knots, groups, and what it has of the sampler's dials."""
+        wanted, settings, model = self.settings.weights, self.settings, self.experiment.model
         sites = list_sites(model.unet, wanted.kinds)
-        ids, groups = [s.id for s in sites], group_sites(sites, wanted.group_by)
-        strength = self.experiment.base.strength if self.settings.task.name == "editing" else 1.0
-        ts = timesteps(model, self.settings.task.steps, strength)
-        first, last = np.log(model.sigma(ts[0])), np.log(model.sigma(ts[-1]))
-        middle = np.exp([(first + last) / 2])
-        knots = middle if wanted.knots == 1 else np.exp(np.linspace(first, last, wanted.knots))
-        return (
-            WeightFunction(ids, knots, groups, wanted.mode, wanted.rank),
-            WeightFunction(ids, middle, groups, wanted.mode),
-        )
+        learn = settings.steps.learn if spec.steps is None else spec.steps
+        course = self._course(dials if learn else self.experiment.base)
+        first, last = np.log(course.sigmas[0]), np.log(course.sigmas[-1])
+        knots = np.exp(np.linspace(first, last, wanted.knots)) if wanted.knots else np.array(course.sigmas)
+        if spec.constant or wanted.knots == 1:
+            knots = np.exp([(first + last) / 2])
+        steps = None
+        if learn:
+            steps = StepFunction(settings.task.sampler, course.sigmas, model.table.tolist(), dials.guidance, learn)
+        groups = group_sites(sites, wanted.group_by) if spec.weights else {}
+        rank = 0 if spec.constant or not spec.weights else wanted.rank
+        return WeightFunction([s.id for s in sites], knots, groups, wanted.mode, rank, steps)
 
-    def learn(self, dials: Arm, seed: int, name: str = LEARNED, constant: bool = False) -> Arm:
-        """The learned arm, or its constant control: weights at the tuned dials, then dials for these weights."""
-        function = self.functions()[1 if constant else 0]
-        start, price = self.probing.start(function)
+    def _course(self, dials: Dials) -> Course:
+        task = self.settings.task
+        return course_by_rule(self.experiment.model, task.steps, task.sampler, task.grid, self._reach(dials))
+
+    def _reach(self, dials: Dials) -> float:
+        """`Task.reach`, for which no task needs to be made."""
+        return dials.strength if self.settings.task.name == "editing" else 1.0
+
+    def learn(self, dials: Arm, seed: int, spec: ArmSpec = ARMS[LEARNED], name: str = "") -> Arm:
+        """A learned arm: weights and the sampler's dials at the tuned guidance and strength, then these once more."""
+        name, function = name or spec.name, self.function(spec, dials.dials)
+        starts, price = {"plain": np.zeros(function.dimension)}, 0
+        if self.settings.probe.start != "none" and spec.weights:
+            starts["probe"], price = self.probing.start(function)
+        trials = 2 * self.settings.tuner.dial_trials
         weights = self.tuner.tune_weights(
-            f"{name} weights", function, dials.dials, {"plain": np.zeros(function.dimension), "probe": start}, seed,
+            f"{name} weights" if trials else name, function, dials.dials, starts, seed, note=spec.note,
             spent=(dials.evaluations, dials.calls + price),
         )  # fmt: skip
-        note = ARMS["constant" if constant else LEARNED].note
+        if not trials:
+            return weights
         return self.tuner.tune_dials(
-            name, weights.schedule, 2 * self.settings.tuner.dial_trials, self.dial_starts(dials), note=note,
+            name, weights.schedule, trials, self.dial_starts(dials), note=spec.note,
             spent=(weights.evaluations, weights.calls), around=dials.dials,
         )  # fmt: skip
+
+    def worths(self, arms: Sequence[Arm]) -> list[str]:
+        """What the learned arms are worth in plain calls of the best solver, N to 3 N of them, on the test cases."""
+        solver = next((arm for arm in arms if arm.choice.get("best")), None)
+        if solver is None:
+            return []
+        calls, metrics = self.settings.task.steps, list(self.settings.objective.report)
+        plain = {calls: self.tuner.test(solver, metrics).values[OBJECTIVE]}
+        for more in range(calls + 1, 3 * calls + 1):
+            schedule = self.solvers(more).get(solver.choice["best"])
+            if schedule is not None:
+                arm = Arm(f"best solver, {more} calls", self.experiment.base, schedule)
+                plain[more] = self.tuner.test(arm, metrics).values[OBJECTIVE]
+        lines = []
+        for name in (LEARNED, "sampler dials"):
+            found = next((arm for arm in arms if arm.name == name), None)
+            if found is not None:
+                reached = worth(self.tuner.test(found, metrics).values[OBJECTIVE], plain)
+                lines.append(f"{calls} calls, {name}: as good as {reached} of {solver.choice['best']}.")
+        return lines
 
     # the whole way
 
@@ -159,6 +242,7 @@ class Search:
             self.progress.advance("test", None, 0)
             publisher = Publisher(self.experiment, self.tuner, self.folder)
             report = publisher.report(arms, command)
+            report.verdict[:0] = self.worths(arms)
             publisher.publish(report, arms, Schedule.load(path), importance, tracker)
         return report
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from rwopt.config import DialSettings
 from rwopt.schedule import Schedule
+from rwopt.schedule.steps import StepFunction
 from rwopt.schedule.weights import WeightFunction
 from rwopt.tasks import Dials
 from rwopt.tuners import Parameter
@@ -40,11 +41,11 @@ def near(parameter: Parameter, centre: float, share: float = 0.25) -> Parameter:
     return replace(parameter, low=parameter.clip(centre - reach), high=parameter.clip(centre + reach))
 
 
-def theta_box(names: Sequence[str], starts: Sequence[np.ndarray], radius: float) -> list[Parameter]:
-    """The box of a weight function's numbers: each from the lowest start - `radius` to the highest + `radius`."""
+def theta_box(names: Sequence[str], starts: Sequence[np.ndarray], reach: np.ndarray) -> list[Parameter]:
+    """The box of a weight function's numbers: each from the lowest start - its `reach` to the highest + it."""
     span = np.array(starts)
-    lows, highs = span.min(0).tolist(), span.max(0).tolist()
-    return [Parameter(n, low - radius, high + radius) for n, low, high in zip(names, lows, highs, strict=True)]
+    lows, highs = (span.min(0) - reach).tolist(), (span.max(0) + reach).tolist()
+    return [Parameter(n, low, high) for n, low, high in zip(names, lows, highs, strict=True)]
 
 
 def dials_of(point: Point, base: Dials) -> Dials:
@@ -72,15 +73,16 @@ class Decoder:
             "base": self.base.to_dict(),
             "function": None if f is None else {
                 "sites": list(f.sites), "sigmas": f.sigmas.tolist(), "groups": f.groups, "mode": f.mode,
-                "rank": f.rank,
+                "rank": f.rank, "steps": None if f.steps is None else f.steps.to_dict(),
             },
-            # all digits of the weights: a schedule file has fewer
-            "schedule": None if schedule is None else {**schedule.to_dict(), "weights": schedule.weights.tolist()},
+            "schedule": None if schedule is None else schedule.exact(),
         }  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Decoder:
         function, schedule = data["function"], data["schedule"]
+        if function is not None and function.get("steps") is not None:
+            function = {**function, "steps": StepFunction(**function["steps"])}
         return cls(
             Dials(**data["base"]),
             None if function is None else WeightFunction(**function),

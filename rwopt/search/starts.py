@@ -26,7 +26,8 @@ def basis(function: WeightFunction, sigmas: np.ndarray) -> np.ndarray:
     rows = len(sigmas) * len(function.sites)
     b: np.ndarray = np.einsum("ik,gs->iskg", hats @ function.waves if function.rank else hats, function.membership)
     idle = np.zeros((rows, len(function.sigmas) * function.rank))  # a of a low rank moves nothing while b is 0
-    return np.hstack([idle, b.reshape(rows, -1)])
+    dials = np.zeros((rows, function.dimension - function.weight_count))  # these probes do not ask about them
+    return np.hstack([idle, b.reshape(rows, -1), dials])
 
 
 def analytic(function: WeightFunction, importance: Importance, low: float = 0.95, high: float = 1.1) -> np.ndarray:

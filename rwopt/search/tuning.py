@@ -74,6 +74,23 @@ class ArmTuner:
             Arm(name, base, schedule, validation=self.experiment.value("validation", base, schedule), note=note)
         )
 
+    def best_of(self, name: str, schedules: Mapping[str, Schedule], note: str = "") -> Arm:
+        """The schedule, at the recipe's own dials, that does best on validation cases; its name goes into the note."""
+        done = self.kept(name)
+        if done is not None:
+            return done
+        base, evaluator, before = self.experiment.base, self.experiment.evaluator, self.experiment.model.calls
+        scores = {
+            key: (evaluator.of("validation", (base, schedule))[0].scores or (np.nan,))[0]
+            for key, schedule in schedules.items()
+        }
+        best = max(scores, key=lambda key: -np.inf if np.isnan(scores[key]) else scores[key])
+        calls = self.experiment.model.calls - before
+        return self.keep(Arm(
+            name, base, schedules[best], validation=scores[best], evaluations=len(scores), calls=calls,
+            history=list(scores.items()), note=f"{note}: {best}", choice={"best": best},
+        ))  # fmt: skip
+
     def tune_dials(
         self, name: str, schedule: Schedule | None, trials: int, starts: Mapping[str, Point], study: str | None = None,
         note: str = "", spent: tuple[int, int] = (0, 0), around: Dials | None = None,
@@ -101,7 +118,7 @@ class ArmTuner:
     ) -> Arm:
         """The best theta at fixed dials. The box is each start +- radius; the `tuner` settings say who searches it."""
         trials = self.settings.tuner.trials
-        space = theta_box(function.names, list(starts.values()), self.settings.weights.radius)
+        space = theta_box(function.names, list(starts.values()), function.reach(self.settings.weights.radius))
         points = {o: dict(zip(function.names, theta.tolist(), strict=True)) for o, theta in starts.items()}
         decode = Decoder(dials, function)
 
@@ -147,10 +164,12 @@ class ArmTuner:
             self._skip(name, study, trials)
             return done
         model, splits, evaluator = self.experiment.model, self.experiment.splits, self.experiment.evaluator
-        splits.task("train")  # made first: its own calls are nobody's
-        before = model.calls
+        tasks = [splits.task("train"), splits.task("validation")]  # made first: their own calls are nobody's
+        before = model.calls - splits.teaching
         tuner = make(study)
-        opening = model.calls - before
+        if isinstance(tuner, GradientTuner):
+            tasks.append(tuner.problem.task)
+        opening = model.calls - splits.teaching - before + splits.price(*tasks)  # teachers' calls are not forgotten
         there = ended(tuner)
         self._skip(name, study, len(there))
         known, finished, best = {t.candidate.number for t in there}, list[Trial](), -np.inf
@@ -170,7 +189,6 @@ class ArmTuner:
             return evaluator.train(*decode(candidate.values), candidate.number, report)
 
         work(tuner, trials, evaluate, on_trial, f"arm {name}", batched=evaluator.batched(decode))
-        splits.task("validation")
         before = model.calls
         chosen, outcome, choice = evaluator.choose(name, finished, decode, self.settings.tuner.top_k)
         assert outcome.scores is not None

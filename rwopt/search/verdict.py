@@ -5,29 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rwopt.config import Settings
-from rwopt.objectives import make_objective
+from rwopt.objectives import ObjectiveSpec, make_objective
 from rwopt.results import Metric, Paired
 from rwopt.search.evaluation import HELD_OUT, OBJECTIVE
 
 
 def report_metrics(settings: Settings) -> list[Metric]:
     """The optimised objective, the same by the held-out judge, and the recipe's own columns."""
-    columns = [Metric(OBJECTIVE, True), Metric(HELD_OUT, False)]
+    judged = any(name.startswith("scorer.") for name in settings.objective.terms)  # else there is no second opinion
+    columns = [Metric(OBJECTIVE, True, True, _format(settings))] + [Metric(HELD_OUT, False)] * judged
     for name, optimised in settings.objective.report.items():
         spec = make_objective(name).spec
-        decibels = spec.higher_is_better and spec.range[1] > 1
-        columns.append(Metric(name, optimised, spec.higher_is_better, ".2f" if decibels else ".3f"))
+        columns.append(Metric(name, optimised, spec.higher_is_better, _digits(spec)))
     return columns
+
+
+def _digits(spec: ObjectiveSpec) -> str:
+    decibels = spec.higher_is_better and spec.range[1] > 1
+    return ".2f" if decibels else ".3f"
+
+
+def _format(settings: Settings) -> str:
+    return _digits(make_objective(next(iter(settings.objective.terms))).spec)
 
 
 def headline(settings: Settings) -> list[str]:
     """The two metrics whose paired differences the terminal shows; the page has them all."""
-    return [m.name for m in report_metrics(settings) if m.name in (OBJECTIVE, HELD_OUT)]
+    names = [m.name for m in report_metrics(settings)]
+    return names[:2] if HELD_OUT in names else names[:4]
 
 
 def explain(settings: Settings) -> str:
     """What the two headline metrics are, for somebody who did not write the recipe."""
     terms = ", ".join(n if w == 1 else f"{n} (weight {w:g})" for n, w in settings.objective.terms.items())
+    if len(settings.objective.terms) == 1:
+        about = make_objective(terms.split(" ")[0]).spec.about
+        return f"{OBJECTIVE}: what the search saw, {terms.split(' ')[0]}: {about}. judge.*: by a network it never saw."
     return (
         f"{OBJECTIVE}: what the search saw, the geometric mean of {terms}. "
         f"{HELD_OUT}: the same from a judge that it never saw."
@@ -55,6 +68,8 @@ def verdict(paired: Sequence[Paired]) -> list[str]:
         )
 
     sentences = [
+        said("learned", "best solver", "Learned against the best plain sampler and grid"),
+        said("learned", "sampler dials", "Learned against all of the sampler's dials (what block weights add)"),
         said("learned", "analytic", "Learned against the published analytic schedule"),
         said("learned", "best guidance", "Learned against tuned guidance without weights"),
         said("learned", "constant", "Learned against constant weights (what time dependence adds)"),

@@ -58,7 +58,7 @@ def join(target: str, storage: str | None, read: Read, wait: float, say: Say) ->
         for study, attrs in ready.items():
             if experiment is None:
                 settings = read(attrs["plan"]["recipe"])
-                model = load_model(**asdict(settings.model))
+                model = load_model(**asdict(settings.model), size=settings.task.size)
                 experiment, mark = Experiment(settings, model), fingerprint(settings, model)
                 sharing = Sharing(settings.tuner.heartbeat, settings.tuner.grace)
                 store = open_storage(url, sharing.heartbeat, sharing.grace)  # as all others of this study have it

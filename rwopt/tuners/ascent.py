@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from rwopt.sampling.backprop import GradientPath, unroll
+from rwopt.sampling.backprop import GradientPath, keeps_activations, unroll
 from rwopt.schedule.weights import hat
 from rwopt.tuners.options import GradientOptions
 from rwopt.tuners.problem import Problem
@@ -52,6 +52,7 @@ class Ascent(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.problem, self.attachment, self.options, self.seed = problem, attachment, options, seed
+        self.kept = False
         self.path = GradientPath(options.mode, options.last, options.stride)
         self.theta = nn.Parameter(torch.tensor(start, dtype=torch.float32))
         for name, value in (("start", start), ("low", bounds[0]), ("high", bounds[1])):
@@ -73,15 +74,17 @@ class Ascent(L.LightningModule):
         """(sum of rewards, its gradient [d]) of one micro-batch."""
         problem, function = self.problem, self.problem.function
         assert self.attachment is not None
-        x, cond, ts, reward = problem.batch(self.attachment, rows)
-        table = function.table(self.theta)
+        theta = self.theta.double() if function.steps is not None else self.theta  # levels are differences of near ones
+        x, cond, course, reward = problem.batch(self.attachment, rows, theta)
+        table, knots = function.table(theta).to(self.theta.dtype), function.knots(course.sigmas)
 
         def weights(sigma: float) -> Tensor:  # as a schedule's: linear between knots in ln sigma
-            row = torch.as_tensor(hat(function.sigmas, sigma), dtype=table.dtype, device=table.device) @ table
+            row = torch.as_tensor(hat(knots, sigma), dtype=table.dtype, device=table.device) @ table
             assert isinstance(row, Tensor)
             return row
 
-        end = unroll(problem.model, self.attachment, x, cond, ts, weights, self.path, update)
+        self.kept = keeps_activations(problem.model, self.attachment, x, cond, len(course))
+        end = unroll(problem.model, self.attachment, x, cond, course, weights, self.path, update)
         total = reward(end).sum()
         return total.detach(), torch.autograd.grad(total, self.theta)[0]
 
@@ -93,7 +96,7 @@ class Ascent(L.LightningModule):
         for rows in share:
             reward, gradient = self.reward_gradient(rows, update)
             pictures = rows.stop - rows.start
-            price = self.path.price(self.problem.steps, update) * pictures
+            price = self.path.price(self.problem.steps, update, self.kept) * pictures
             packed += torch.cat([gradient.double().cpu(), torch.tensor([float(reward), pictures, price]).double()])
         packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
         gradient, (reward, pictures, price) = packed[:-3].to(self.theta), packed[-3:].tolist()

@@ -7,6 +7,7 @@ from torch import Tensor
 from rwopt.models import Model
 from rwopt.objectives.composite import Composite
 from rwopt.sampling.backprop import Reward
+from rwopt.sampling.course import Course, learned_course
 from rwopt.sampling.denoise import Condition
 from rwopt.schedule.weights import WeightFunction
 from rwopt.tasks import Dials, Task
@@ -26,11 +27,16 @@ class Problem:
         self.pictures, self.steps = len(task), task.steps
         self._rewards: dict[int, Reward] = {}
 
-    def batch(self, attachment: Attachment, rows: slice) -> tuple[Tensor, Condition, list[int], Reward]:
-        """Where sampling starts for some of the pictures, and the reward of their final latents."""
+    def batch(
+        self, attachment: Attachment, rows: slice, theta: Tensor
+    ) -> tuple[Tensor, Condition, Course, Reward]:
+        """Where sampling starts for some of the pictures, its course at theta [d], the reward of the final latents."""
         if rows.start not in self._rewards:
             self._rewards[rows.start] = task_reward(self.task, self.objective, rows)
-        return (*self.task.inputs(attachment, self.dials, rows), self._rewards[rows.start])
+        steps, course = self.function.steps, None
+        if steps is not None:
+            course = learned_course(self.model, steps, theta[self.function.weight_count :])
+        return (*self.task.inputs(attachment, self.dials, rows, course), self._rewards[rows.start])
 
     def values(self) -> dict[str, float]:
         """The dials, as values of a candidate."""

@@ -13,7 +13,8 @@ from rwopt import config
 from rwopt.errors import UserError
 from rwopt.progress import Silent
 from rwopt.schedule import Schedule
-from rwopt.search.arms import ARMS, BUDGETS, LEARNED, Arm, chosen
+from rwopt.schedule.steps import DIALS, Steps
+from rwopt.search.arms import ARMS, BUDGETS, LEARNED, USUAL, Arm, chosen
 from rwopt.search.baselines import PUBLISHED
 from rwopt.search.search import Search
 from rwopt.tasks import Dials
@@ -24,11 +25,17 @@ def test_every_arm_is_made_in_one_way_and_its_budget_is_known() -> None:
     for name, spec in ARMS.items():
         assert spec.name == name
         assert spec.budget in BUDGETS
-        assert not (spec.learned and spec.published)
+        assert bool(spec.learned) + bool(spec.published) + spec.solver <= 1
+        assert spec.learned or (spec.weights and spec.steps is None)  # which are about what is learned
+        assert spec.weights or spec.steps  # something is
+        assert set(spec.steps or ()) <= set(DIALS)
         assert not spec.published or spec.published in PUBLISHED
         assert spec.learned or not spec.constant
         assert spec.evaluations(tuner) == {"none": 0, "control": 2, "full": 11}[spec.budget]
     assert {spec.published for spec in ARMS.values()} - {""} == PUBLISHED.keys()
+    tuner = config.TunerSettings(trials=5, dial_trials=0, control_trials=2)  # no dials are tuned, but as a control
+    some = ("plain", "best solver", "best guidance", "analytic", LEARNED)
+    assert [ARMS[name].evaluations(tuner) for name in some] == [0, 0, 2, 5, 5]
 
 
 def test_those_that_are_weighed_against_each_other_get_the_same_budget() -> None:
@@ -49,9 +56,11 @@ def test_a_choice_that_cannot_be_is_one_line(names: list[str], said: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_choice_keeps_its_order_and_none_is_all() -> None:
+def test_a_choice_keeps_its_order_and_none_is_the_usual_ones() -> None:
     assert [spec.name for spec in chosen(["learned", "plain"])] == ["learned", "plain"]
-    assert [spec.name for spec in chosen([])] == list(ARMS)
+    assert [spec.name for spec in chosen([])] == list(USUAL)
+    assert set(USUAL) <= ARMS.keys()
+    assert [spec.name for spec in chosen(list(ARMS))] == list(ARMS)
 
 
 def test_a_file_gives_the_arm_back(tmp_path: Path) -> None:
@@ -60,6 +69,17 @@ def test_a_file_gives_the_arm_back(tmp_path: Path) -> None:
     arm = Arm("x", Dials(3.0, 0.5), schedule, 0.1, 0.2, 3, 4, values, history, "note", {"rule": "r"})
     arm.save(tmp_path / "x.json")
     assert Arm.load(tmp_path / "x.json") == arm
+
+
+def test_a_file_keeps_all_digits_of_a_schedule(tmp_path: Path) -> None:
+    """Or a resumed run would go on with another one than the run that was killed."""
+    steps = Steps("dpmpp_2m", (12 + 1 / 3, 1 / 7), told=(11 + 1 / 3, 1 / 9), guidance=(10 / 3, 4.0))
+    schedule = Schedule(("mid_block.attentions.0",), np.array([7.0, 1 / 3]), np.array([[1 / 3], [1 / 7]]), steps=steps)
+    Arm("x", Dials(3.0, 0.5), schedule).save(tmp_path / "x.json")
+    again = Arm.load(tmp_path / "x.json").schedule
+    assert again is not None
+    assert (again.weights == schedule.weights).all()
+    assert again.steps == steps
 
 
 @pytest.mark.parametrize("names", [["learned"], ["plain", "constant", "learned"], ["learned", "gradient norm"]])

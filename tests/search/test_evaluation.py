@@ -26,7 +26,7 @@ def paired(a: list[Scores], b: list[Scores], higher: bool = True) -> Paired:
 
 
 def toy_task(owner: list[int]) -> Any:
-    return SimpleNamespace(owner=np.array(owner), describe=lambda images: Batch(images))
+    return SimpleNamespace(owner=np.array(owner))
 
 
 def brightness(batch: Batch) -> torch.Tensor:
@@ -38,7 +38,8 @@ def brightness(batch: Batch) -> torch.Tensor:
 
 def test_pictures_of_a_case_are_averaged_first() -> None:
     images = torch.tensor([0.0, 1.0, 0.5, 0.5, 0.2, 0.4]).view(6, 1, 1, 1).expand(6, 3, 2, 2)
-    made = score(toy_task([0, 0, 1, 1, 2, 2]), images, {"bright": brightness, "dark": lambda b: 1 - brightness(b)})
+    composites = {"bright": brightness, "dark": lambda b: 1 - brightness(b)}
+    made = score(toy_task([0, 0, 1, 1, 2, 2]), Batch(images), composites)
     np.testing.assert_allclose(made.values["bright"], [0.5, 0.5, 0.3], atol=1e-6)
     assert made.mean("bright") == pytest.approx(1.3 / 3)
     assert made.means() == pytest.approx({"bright": 1.3 / 3, "dark": 1.7 / 3})
@@ -50,14 +51,14 @@ def test_undefined_scores_are_left_out() -> None:
     def half_defined(batch: Batch) -> torch.Tensor:
         return torch.tensor([1.0, nan, nan, nan, 0.5, 0.7])
 
-    made = score(toy_task([0, 0, 1, 1, 2, 2]), torch.zeros(6, 3, 2, 2), {"m": half_defined})
+    made = score(toy_task([0, 0, 1, 1, 2, 2]), Batch(torch.zeros(6, 3, 2, 2)), {"m": half_defined})
     np.testing.assert_allclose(made.values["m"], [1.0, nan, 0.6], atol=1e-6)
     assert made.mean("m") == pytest.approx(0.8)
     assert math.isnan(scores(nan, nan).mean("m"))
 
 
 def test_single_objectives_are_scored_by_name() -> None:
-    made = score(toy_task([0, 1]), torch.rand(2, 3, 64, 64), {"bright": brightness}, ["scorer.realism"])
+    made = score(toy_task([0, 1]), Batch(torch.rand(2, 3, 64, 64)), {"bright": brightness}, ["scorer.realism"])
     assert list(made.values) == ["bright", "scorer.realism"]
     assert made.values["scorer.realism"].shape == (2,)
 
@@ -172,7 +173,7 @@ def test_cases_are_resampled_not_pictures() -> None:
     """16 draws that agree inside their case are 12 facts, not 192: the interval is 4 times that of pictures."""
     values = np.random.default_rng(3).normal(0, 1, 12)
     images = torch.from_numpy(np.repeat(values, 16)).view(192, 1, 1, 1).expand(192, 3, 1, 1)
-    clustered = score(toy_task(np.repeat(np.arange(12), 16).tolist()), images, {"m": brightness}).values["m"]
+    clustered = score(toy_task(np.repeat(np.arange(12), 16).tolist()), Batch(images), {"m": brightness}).values["m"]
     low, high = interval(clustered)
     first, last = interval(np.repeat(values, 16))
     assert (high - low) / (last - first) == pytest.approx(4, rel=0.1)

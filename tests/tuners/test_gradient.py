@@ -20,14 +20,15 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from helpers.small import make_tiny_unet, weight_function
 from torch import Tensor, nn
 
-from rwopt import models
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import Batch
 from rwopt.sampling import backprop
 from rwopt.sampling.backprop import GradientPath, Reward, unroll
+from rwopt.sampling.course import Course, course_at, learned_course
 from rwopt.sampling.denoise import Condition, Sided
 from rwopt.sampling.sample import sample
+from rwopt.schedule.steps import StepFunction
 from rwopt.tuners import Parameter
 from rwopt.tuners.gradient import GradientTuner
 from rwopt.tuners.options import GradientOptions
@@ -37,6 +38,7 @@ from rwopt.unet.sites import list_sites
 
 TS = [900, 600, 300]
 K, S = 3, 7
+PATHS = [GradientPath("full"), GradientPath("truncated", last=1), GradientPath("detached", stride=2)]
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> Model:
@@ -55,13 +57,15 @@ class Toy(Problem):
         self.function = weight_function(sites, [model.sigma(t) for t in TS[::2]], group_by)
         self.model, self.pictures, self.steps = model, pictures, len(TS)
 
-    def batch(self, attachment: Attachment, rows: slice) -> tuple[Tensor, Condition, list[int], Reward]:
+    def batch(
+        self, attachment: Attachment, rows: slice, theta: Tensor
+    ) -> tuple[Tensor, Condition, Course, Reward]:
         parts = []
         for i in range(rows.start, rows.stop):
             g = torch.Generator().manual_seed(i)
             parts.append([torch.randn(shape, generator=g) for shape in ((4, 8, 8), (5, 12), (4, 8, 8))])
         x, text, target = (torch.stack(p) for p in zip(*parts, strict=True))
-        return x, Condition(text), TS, lambda z: -(z - target).square().flatten(1).sum(1)
+        return x, Condition(text), course_at(self.model, TS), lambda z: -(z - target).square().flatten(1).sum(1)
 
     def values(self) -> dict[str, float]:
         return {"guidance": 1.0}
@@ -72,27 +76,28 @@ def gradient(model: Model, path: GradientPath, table: Tensor, offset: int = 0) -
     table = table.clone().requires_grad_(True)
     problem = Toy(model)
     with Attachment(model.unet, problem.function.sites) as attachment:
-        x, cond, ts, reward = problem.batch(attachment, slice(0, 2))
-        row = {model.sigma(t): k for k, t in enumerate(ts)}
-        end = unroll(model, attachment, x, cond, ts, lambda sigma: table[row[sigma]], path, offset)
+        x, cond, course, reward = problem.batch(attachment, slice(0, 2), table)
+        row = {sigma: k for k, sigma in enumerate(course.sigmas)}
+        end = unroll(model, attachment, x, cond, course, lambda sigma: table[row[sigma]], path, offset)
         return torch.autograd.grad(reward(end).sum(), table)[0]
 
 
 def value(model: Model, table: Tensor) -> float:
     problem = Toy(model)
     with Attachment(model.unet, problem.function.sites) as attachment:
-        x, cond, ts, reward = problem.batch(attachment, slice(0, 2))
-        row = {model.sigma(t): k for k, t in enumerate(ts)}
-        return float(reward(sample(model, attachment, x, cond, ts, lambda sigma: table[row[sigma]]).double()).sum())
+        x, cond, course, reward = problem.batch(attachment, slice(0, 2), table)
+        row = {sigma: k for k, sigma in enumerate(course.sigmas)}
+        return float(reward(sample(model, attachment, x, cond, course, lambda sigma: table[row[sigma]]).double()).sum())
 
 
 TABLE = 1 + 0.2 * torch.randn(K, S, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("inner", [False, True])
-def test_full_gradient_equals_finite_differences(inner: bool) -> None:
+@pytest.mark.parametrize(("inner", "switch"), [(False, "auto"), (False, "off"), (True, "off")])
+def test_full_gradient_equals_finite_differences(inner: bool, switch: str) -> None:
     """Under checkpointing too: hooks that read shared state would see the last step's weights when steps are re-run."""
     model = tiny_model(torch.float64)
+    model.checkpointing = switch  # auto: activations are kept, a tiny model's fit anywhere; off: steps are re-run
     if inner:
         model.unet.enable_gradient_checkpointing()
     exact, h = gradient(model, GradientPath("full"), TABLE), 2e-2
@@ -121,22 +126,55 @@ def test_each_mode_trains_the_rows_that_it_says() -> None:
         assert (subset[[k for k in range(K) if k not in live]] == 0).all()
 
 
-PATHS = [GradientPath("full"), GradientPath("truncated", last=1), GradientPath("detached", stride=2)]
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "uni_pc"])
+def test_the_samplers_dials_have_the_gradient_of_finite_differences(sampler: str) -> None:
+    """Noise levels, what the U-Net is told, and guidance; `detached` leaves out what goes through the U-Net's input."""
+    model, g = tiny_model(torch.float64), torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 8, 8), (2, 5, 12), (2, 5, 12), (2, 4, 8, 8))
+    x, text, negative, target = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
+    function = StepFunction(sampler, [model.sigma(t) for t in TS], model.table.tolist(), 3.0)
+    theta = 0.3 * torch.randn(len(function.names), generator=g, dtype=torch.float64)
+
+    def reward(theta: Tensor, path: GradientPath = PATHS[0]) -> Tensor:
+        course = learned_course(model, function, theta)
+        with Attachment(model.unet, ()) as attachment:
+            end = unroll(model, attachment, x, Condition(text, negative), course, lambda sigma: None, path)
+        return -(end - target).square().sum()
+
+    dials = theta.clone().requires_grad_(True)
+    exact = torch.autograd.grad(reward(dials), dials)[0]
+    h = 3e-4  # of a hundred timesteps: the U-Net sees sines of them, and in single precision
+    for i, name in enumerate(function.names):
+        step = torch.eye(len(theta), dtype=torch.float64)[i] * h
+        with torch.no_grad():
+            slope = float(reward(theta + step) - reward(theta - step)) / (2 * h)
+        assert float(exact[i]) == pytest.approx(slope, rel=5e-3, abs=2e-3 * float(exact.abs().max())), name
+    detached = torch.autograd.grad(reward(dials, GradientPath("detached")), dials)[0]
+    assert (detached != 0).any()
+    assert not torch.allclose(detached, exact)
+    last = torch.autograd.grad(reward(dials, GradientPath("truncated", last=1)), dials)[0]
+    names = dict(zip(function.names, last.tolist(), strict=True))
+    assert names["told2"] == pytest.approx(float(exact[function.names.index("told2")]))
+    assert names["told0"] == names["told1"] == 0  # what is told enters by the U-Net alone
 
 
+@pytest.mark.parametrize("switch", ["auto", "off"])
 @pytest.mark.parametrize("path", PATHS)
-def test_the_forward_run_and_its_price(path: GradientPath) -> None:
-    model = tiny_model()
+def test_the_forward_run_and_its_price(path: GradientPath, switch: str) -> None:
+    model, kept = tiny_model(), switch == "auto"
+    model.checkpointing = switch
     problem = Toy(model)
     with Attachment(model.unet, problem.function.sites) as attachment:
-        x, cond, ts, reward = problem.batch(attachment, slice(0, 1))
+        x, cond, course, reward = problem.batch(attachment, slice(0, 1), TABLE)
         row = TABLE.float()[0].clone().requires_grad_(True)
-        end = unroll(model, attachment, x, cond, ts, lambda sigma: row, path)
-        assert torch.equal(end.detach(), sample(model, attachment, x, cond, ts, lambda sigma: row.detach()))
-        model.calls = len(ts)
+        end = unroll(model, attachment, x, cond, course, lambda sigma: row, path)
+        assert torch.equal(end.detach(), sample(model, attachment, x, cond, course, lambda sigma: row.detach()))
+        model.calls = len(course)
         reward(end).sum().backward()  # type: ignore[no-untyped-call]
-    trained = sum(path.trains(i, len(ts)) for i in range(len(ts)))
-    assert path.price(len(ts)) == model.calls + 2 * trained  # what was counted, and the backward pass as two
+    trained = sum(path.trains(i, len(course)) for i in range(len(course)))
+    # what was counted, and the backward pass as two
+    assert path.price(len(course), kept=kept) == model.calls + 2 * trained
+    assert model.calls == len(course) + (0 if kept else trained)
 
 
 # --- switches that save memory
@@ -160,11 +198,12 @@ def switched(
         x, text = x.float(), text.float()
     table = TABLE.clone().requires_grad_(True)
     with Attachment(model.unet, [site.id for site in list_sites(model.unet)]) as attachment:
-        row = {model.sigma(t): k for k, t in enumerate(TS)}
+        course = course_at(model, TS)
+        row = {sigma: k for k, sigma in enumerate(course.sigmas)}
         cond = Condition(*text, guidance=3.0)
-        end = unroll(model, attachment, x, cond, TS, lambda sigma: table[row[sigma]], path)
+        end = unroll(model, attachment, x, cond, course, lambda sigma: table[row[sigma]], path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models, "LARGE", 0 if large else math.inf)
+            patch.setattr("rwopt.models.model.LARGE", 0 if large else math.inf)
             images = model.decode(end)
         reward = (images - 0.3).square().flatten(1).mean(1).sum() * size
         gradient = torch.autograd.grad(reward, table)[0] / size
@@ -201,13 +240,13 @@ def test_sides_of_guidance_and_rows_are_cut_with_their_pictures() -> None:
     model = tiny_model(torch.float64)
     g = torch.Generator().manual_seed(0)
     x, *text = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((6, 4, 8, 8), *[(6, 5, 12)] * 2))
-    cond = Condition(*text, guidance=torch.linspace(1, 6, 6))
+    cond, course = Condition(*text, guidance=torch.linspace(1, 6, 6)), course_at(model, TS)
     for row in (TABLE[0], TABLE[:1].repeat(6, 1) * torch.linspace(0.9, 1.1, 6)[:, None], Sided(TABLE[1], TABLE[2])):
         ends = []
         for model.checkpointing in ("off", "on"):
             with Attachment(model.unet, [site.id for site in list_sites(model.unet)]) as attachment:
                 for path in (GradientPath("full"), GradientPath("truncated", last=1)):
-                    ends.append(unroll(model, attachment, x, cond, TS, lambda sigma, row=row: row, path))
+                    ends.append(unroll(model, attachment, x, cond, course, lambda sigma, row=row: row, path))
         for end in ends[1:]:
             torch.testing.assert_close(end, ends[0], rtol=1e-10, atol=1e-10)
 
@@ -230,9 +269,9 @@ def score(t: GradientTuner, values: Any) -> float:
     problem = t.problem
     table = problem.function.schedule(np.array([values[n] for n in t.names]))
     with Attachment(problem.model.unet, problem.function.sites) as attachment:
-        x, cond, ts, reward = problem.batch(attachment, slice(0, problem.pictures))
+        x, cond, course, reward = problem.batch(attachment, slice(0, problem.pictures), torch.zeros(0))
         weights = lambda sigma: torch.from_numpy(table.at(sigma)).float()  # noqa: E731
-        return float(reward(sample(problem.model, attachment, x, cond, ts, weights)).mean())
+        return float(reward(sample(problem.model, attachment, x, cond, course, weights)).mean())
 
 
 def run(t: GradientTuner, trials: int) -> list[Any]:
@@ -252,7 +291,7 @@ def test_overfitting_one_case_raises_its_reward(mode: str, tmp_path: File) -> No
     assert scores[-1] > scores[0] + 2
     assert [x.candidate.origin for x in trials] == ["plain", "gradient", "gradient"]
     assert trials[0].candidate.values["guidance"] == 1
-    assert [x.calls for x in trials] == [3, 3 + 4 * 12, 3 + 4 * 12]  # 4 updates, each 3 steps of 4 calls
+    assert [x.calls for x in trials] == [3, 3 + 4 * 9, 3 + 4 * 9]  # 4 updates, each 3 steps of 3 calls
     assert [r["update"] for r in records] == list(range(1, 9))
     rows = [row for f in sorted((tmp_path / "g" / "csv").glob("*/metrics.csv")) for row in csv.DictReader(f.open())]
     assert [float(row["update"]) for row in rows] == list(range(1, 9))

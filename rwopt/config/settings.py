@@ -1,32 +1,38 @@
-"""The typed border: a recipe (YAML) and `key=value` overrides become these dataclasses, or one clear error.
-
-Composition is OmegaConf's: recipe over defaults, overrides over both. Unknown keys are refused with the nearest valid
-one, values are converted to the declared types, ranges are checked here. Nothing behind this module sees OmegaConf.
-"""
+"""What a recipe may say: one dataclass a group, each field typed, with its default and its range."""
 
 from __future__ import annotations
 
-import difflib
-import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from rwopt.errors import UserError, at_least_one, check, one_of
-from rwopt.files import package_folder
+from rwopt.errors import at_least_one, check, one_of
 from rwopt.probes import PROBES
-from rwopt.tuners import SAMPLERS, TUNERS
+from rwopt.sampling.grids import GRIDS, levels_of_text
+from rwopt.schedule.samplers import SAMPLERS
+from rwopt.schedule.steps import DIALS
+from rwopt.tuners import SAMPLERS as SEARCHERS
+from rwopt.tuners import TUNERS
 from rwopt.tuners.options import GradientOptions
 from rwopt.tuners.storage import check_url
 from rwopt.unet.sites import GROUPINGS, SITE_KINDS
 
 
+def check_grid(key: str, grid: str) -> None:
+    """Raise `UserError` unless `grid` is one of `rwopt.sampling.grids.GRIDS` or a list of noise levels."""
+    if "," in grid or grid[:1].isdigit():
+        levels_of_text(grid)
+    else:
+        one_of(GRIDS, key, grid)
+
+
 @dataclass
 class ModelSettings:
-    """name: "avatars" (embedded) or a diffusers folder or hub id; number formats of U-Net and VAE; device.
+    """name: "avatars" (embedded), a diffusers folder, a hub id, or a single .safetensors file; number formats of U-Net
+    and VAE; device.
 
+    revision, variant: of the hub; config: folder or hub id that says what a single file is, where there is no hub; vae:
+    another one; loras: {folder, file or id: scale}; embeddings: textual inversions; negative: the negative prompt.
     checkpointing: on, off, or auto: whether the U-Net keeps no activations while a gradient is made, which takes less
     memory and more time (auto: on a GPU whose free memory is short).
     """
@@ -36,16 +42,51 @@ class ModelSettings:
     vae_dtype: str = "auto"
     device: str = "auto"
     checkpointing: str = "auto"
+    revision: str = ""
+    variant: str = ""
+    config: str = ""
+    vae: str = ""
+    loras: dict[str, float] = field(default_factory=dict)
+    embeddings: list[str] = field(default_factory=list)
+    clip_skip: int = 0
+    negative: str = ""
+
+
+@dataclass
+class TeacherSettings:
+    """The truth for `teacher.*` objectives: the plain model's picture from the same start in `steps` calls."""
+
+    steps: int = 50
+    sampler: str = "dpmpp_2m"
+    grid: str = "trailing"
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "task.teacher", "steps")
+        one_of(tuple(SAMPLERS), "task.teacher.sampler", self.sampler)
+        check_grid("task.teacher.grid", self.grid)
 
 
 @dataclass
 class TaskSettings:
-    """What is made: `steps` U-Net calls a picture; how many cases of each split; `draws` start noises a case."""
+    """What is made: `steps` U-Net calls a picture; how many cases of each split; `draws` start noises a case.
+
+    cases: "avatars", "prompts", a file or a folder (`data/README.md`); instruction: what an edit wants of pictures
+    whose cases do not say; fit: how pictures of other sizes are fitted, crop or pad; size: [height, width] in pixels,
+    none for the model's own.
+    sampler, grid: a solver, and the rule by which its noise levels lie (`rwopt.sampling.grids`), or a list of VE noise
+    levels as text, "14.6,2.9,0.3".
+    """
 
     name: str = "editing"
     method: str = "sdedit"
     cases: str = "avatars"
+    instruction: str = ""
+    fit: str = "crop"
+    size: list[int] | None = None
     steps: int = 6
+    sampler: str = "ddim"
+    grid: str = "trailing"
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     draws: int = 1
     batch: int = 64
     train: int = 48
@@ -56,6 +97,9 @@ class TaskSettings:
         at_least_one(self, "task", "steps", "draws", "batch", "train", "validation", "test")
         one_of(("editing", "generation"), "task.name", self.name)
         one_of(("sdedit", "inversion"), "task.method", self.method)
+        one_of(("crop", "pad"), "task.fit", self.fit)
+        one_of(tuple(SAMPLERS), "task.sampler", self.sampler)
+        check_grid("task.grid", self.grid)
 
 
 @dataclass
@@ -80,6 +124,7 @@ class DialSettings:
 class WeightSettings:
     """Where weights act (`kinds` of site), their groups, how many knots on ln sigma, how far a log-gain may go.
 
+    knots: spread evenly over the noise levels of the calls; 0: one at each call.
     rank: 0 for a number for each knot and group; else the table of log-gains has this rank, with fewer numbers.
     """
 
@@ -91,8 +136,8 @@ class WeightSettings:
     radius: float = 0.4
 
     def __post_init__(self) -> None:
-        at_least_one(self, "weights", "knots")
-        fits = 0 <= self.rank <= self.knots
+        check(self.knots >= 0, "weights.knots", self.knots, "must be 0 (one at each call) or more")
+        fits = 0 <= self.rank <= (self.knots or math.inf)
         check(fits, "weights.rank", self.rank, f"must be 0 (full) to weights.knots={self.knots}")
         check(0 < self.radius < math.inf, "weights.radius", self.radius, "must be above 0 and finite")
         one_of(("residual", "output"), "weights.mode", self.mode)
@@ -103,12 +148,32 @@ class WeightSettings:
 
 
 @dataclass
+class StepSettings:
+    """`learn`: the sampler's dials that are learned beside weights, of clock, told, guidance (`rwopt.schedule.steps`).
+
+    samplers, grids: among which a comparison looks for the best plain solver.
+    """
+
+    learn: list[str] = field(default_factory=list)
+    samplers: list[str] = field(default_factory=lambda: ["ddim", "dpmpp_2m", "uni_pc"])
+    grids: list[str] = field(default_factory=lambda: list(GRIDS))
+
+    def __post_init__(self) -> None:
+        for name in self.learn:
+            one_of(DIALS, "steps.learn", name)
+        for name in self.samplers:
+            one_of(tuple(SAMPLERS), "steps.samplers", name)
+        for name in self.grids:
+            check_grid("steps.grids", name)
+
+
+@dataclass
 class ProbeSettings:
     """The probe whose scores are shown and start the search: its name, how many train cases it sees, its own options.
 
     start: from `scores` by rank, in [low, high]; `gradient`, a step along the slope of the objective, or
     `gauss_newton`, the step of most reward for how much it moves the output (both need an objective with a gradient);
-    auto: `gauss_newton` if there is one, else `scores`.
+    auto: `gauss_newton` if there is one, else `scores`; none: from the plain model alone.
     trust: how far these two go (largest log-gain; relative movement of the output).
     """
 
@@ -122,7 +187,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         one_of(tuple(PROBES), "probe.name", self.name)
-        one_of(("auto", "scores", "gradient", "gauss_newton"), "probe.start", self.start)
+        one_of(("auto", "scores", "gradient", "gauss_newton", "none"), "probe.start", self.start)
         check(0 < self.trust < math.inf, "probe.trust", self.trust, "must be above 0 and finite")
         at_least_one(self, "probe", "cases")
         fits = 0 < self.low < self.high < math.inf
@@ -158,7 +223,8 @@ class TunerSettings:
     """`name`: who proposes weights, auto, gradient, optuna or spsa; `sampler`: Optuna's, for weights and for dials.
 
     trials: candidates of weights; dial_trials: of the dials at which weights are learned, and twice as many for a
-    learned schedule's own; control_trials: of a control's dials; the best `top_k` of each see validation cases.
+    learned schedule's own (0: all are at the recipe's dials); control_trials: of a control's dials; the best `top_k` of
+    each see validation cases.
 
     For Optuna alone: `objectives`: none for the mean of `objective.terms`, else names ("objective" is that mean); of
     the Pareto front of several the first decides among points whose others are no worse than the plain model's minus
@@ -189,8 +255,9 @@ class TunerSettings:
 
     def __post_init__(self) -> None:
         one_of(TUNERS, "tuner.name", self.name)
-        one_of(SAMPLERS, "tuner.sampler", self.sampler)
-        at_least_one(self, "tuner", "trials", "dial_trials", "control_trials", "top_k", "batched")
+        one_of(SEARCHERS, "tuner.sampler", self.sampler)
+        at_least_one(self, "tuner", "trials", "control_trials", "top_k", "batched")
+        check(self.dial_trials >= 0, "tuner.dial_trials", self.dial_trials, "must be 0 or more")
         self._check_optuna()
 
     @property
@@ -239,6 +306,7 @@ class Settings:
     task: TaskSettings = field(default_factory=TaskSettings)
     dials: DialSettings = field(default_factory=DialSettings)
     weights: WeightSettings = field(default_factory=WeightSettings)
+    steps: StepSettings = field(default_factory=StepSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     analytic: AnalyticSettings = field(default_factory=AnalyticSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
@@ -246,113 +314,3 @@ class Settings:
     gradient: GradientOptions = field(default_factory=GradientOptions)
     track: TrackSettings = field(default_factory=TrackSettings)
     arms: list[str] = field(default_factory=list)
-
-
-def recipes() -> dict[str, tuple[Path, str]]:
-    """Recipes that ship with the package: name -> (file, first comment line)."""
-    out = {}
-    for path in sorted(package_folder("recipes").glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        out[path.stem] = (path, first.lstrip("# ").strip())
-    return out
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by name, or a path to one's own."""
-    known = recipes()
-    if name in known:
-        return known[name][0]
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in (".yaml", ".yml"):
-            raise UserError(f"recipe={name}: a recipe file's name ends in .yaml")
-        return path
-    near = difflib.get_close_matches(path.stem, list(known), 1, 0)
-    remedy = f"did you mean {near[0]}? (or the path of a .yaml file)" if near else "give the path of a .yaml file"
-    raise UserError(f"recipe={name} is neither a file nor one of {', '.join(known)}: {remedy}")
-
-
-def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a recipe with `key=value` overrides. Raises `UserError` for a key, type or range that is wrong."""
-    path = find_recipe(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return parse(text, str(path), overrides)
-
-
-def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Settings:
-    """`load` of a recipe's text; errors name it as `where`."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    place = where
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(Settings), _known(OmegaConf.load(io.StringIO(text)), where))
-        for place in overrides:
-            config = OmegaConf.merge(config, _known(OmegaConf.create(_nested(place)), place))
-        place = where
-        settings = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{place}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
-    except UserError:
-        raise
-    except Exception as error:  # YAML syntax: the parser's own classes
-        raise UserError(f"{place} cannot be read: {' '.join(str(error).split())}") from None
-    assert isinstance(settings, Settings)
-    if not settings.objective.terms:
-        raise UserError(f"{where}: objective.terms is empty: name at least one objective")
-    return settings
-
-
-def to_yaml(settings: Settings) -> str:
-    """The resolved recipe, which `load` reads again."""
-    from omegaconf import OmegaConf
-
-    return str(OmegaConf.to_yaml(OmegaConf.structured(settings)))
-
-
-def _nested(item: str) -> dict[str, Any]:
-    """An override as nested mappings. In a mapping of free names the rest is one name: objective.terms.judge.kept=2."""
-    from omegaconf import OmegaConf
-
-    key, sign, text = item.partition("=")
-    parts = key.split(".")
-    if not sign or not all(parts):
-        raise UserError(f"override {item!r} is not key=value, for example tuner.trials=80")
-    node: Any = Settings()
-    for depth, part in enumerate(parts):
-        if isinstance(node, dict):
-            parts[depth:] = [".".join(parts[depth:])]
-            break
-        node = getattr(node, part, None)
-    value: Any = text if isinstance(node, str) else OmegaConf.from_dotlist([f"value={text}"])["value"]
-    for part in reversed(parts):
-        value = {part: value}
-    return dict(value)
-
-
-def _known(config: Any, where: str) -> Any:
-    """The same config, after every key was found in the dataclasses."""
-
-    def walk(node: Any, schema: Any, prefix: str) -> None:
-        names = [f.name for f in fields(schema)]
-        for key in node:
-            if key not in names:
-                near = difflib.get_close_matches(str(key), names, 1, 0)
-                raise UserError(f"{where}: key {prefix}{key} is unknown: did you mean {prefix}{near[0]}?")
-            default, child = getattr(schema(), str(key)), node[key]
-            if is_dataclass(default):
-                if not hasattr(child, "keys"):
-                    example = f"{prefix}{key}.{fields(default)[0].name}"
-                    raise UserError(f"{where}: {prefix}{key} is a group: set one of its keys, as {example}=...")
-                walk(child, type(default), f"{prefix}{key}.")
-            elif isinstance(default, str) and isinstance(child, bool):
-                node[key] = "on" if child else "off"  # what YAML takes for a boolean was meant as a word
-
-    if config is None or not hasattr(config, "keys"):
-        raise UserError(f"{where}: a recipe is a mapping of keys to values")
-    walk(config, Settings, "")
-    return config

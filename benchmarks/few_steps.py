@@ -1,0 +1,423 @@
+"""Few learned calls against many plain ones: quality by number of calls, and what a gain is worth in plain calls.
+
+`python benchmarks/few_steps.py [--quick] [--seeds 5]`. Two processes may share the work: each takes a number of calls
+that nobody has (`--work`, then once more without it for the tables). Finished parts are kept in the run folder, so a
+killed benchmark goes on. Everything is held against the teacher, the plain model's picture from the same noise in 50
+calls of DPM++ 2M, on test cases that no search has seen. Results: `benchmarks/results/few_steps.json`; tables between
+the markers of `docs/few-steps.md` and README.md; `docs/few-steps.png`, `docs/few-steps-curve.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comparison import into
+
+from rwopt import config
+from rwopt.cli.screen import quiet
+from rwopt.errors import UserError
+from rwopt.files import locked, write_text
+from rwopt.progress import Silent
+from rwopt.report.style import BLUE, GREEN, GREY, ORANGE
+from rwopt.sampling.course import course_by_rule
+from rwopt.schedule import Schedule
+from rwopt.search.arms import ARMS, Arm
+from rwopt.search.evaluation import OBJECTIVE, Scores, compare, interval
+from rwopt.search.identity import versions
+from rwopt.search.search import Search
+from rwopt.search.verdict import report_metrics
+from rwopt.search.worth import worth
+from rwopt.tasks.teacher import teacher_latents
+
+ROOT = Path(__file__).resolve().parent
+RECIPE = "few-steps"
+PLAIN_CALLS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
+CONTROLS = ("plain", "best guidance", "analytic", "constant", "clock", "clock and told", "weights", "weights and clock")
+# {sampler: {calls: (learned seeds, seeds of the dials without weights, whether all controls are run)}}
+PLAN = {
+    "dpmpp_2m": {3: (5, 3, True), 2: (5, 3, True), 4: (5, 2, False), 6: (3, 1, False), 8: (1, 1, False)},
+    "ddim": {4: (1, 1, False)},  # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
+}
+QUICK = {"dpmpp_2m": {2: (2, 1, True)}, "ddim": {2: (1, 1, False)}}
+FULL = ["task.train=96", "task.validation=24", "task.test=256", "tuner.trials=4", "gradient.updates=16",
+        "gradient.batch=24", "gradient.rate=0.06",
+        "arms=[plain,best solver,best guidance,analytic,constant,clock,sampler dials,weights,learned]"]  # fmt: skip
+SMALL = ["task.train=8", "task.validation=8", "task.test=8", "tuner.trials=2", "gradient.updates=2", "gradient.batch=4",
+         "tuner.control_trials=1", "analytic.rounds=1", "analytic.cases=2", "task.teacher.steps=8",
+         "steps.grids=[trailing,karras]", "steps.samplers=[ddim,dpmpp_2m]"]  # fmt: skip
+
+
+class Bench:
+    """All runs of the benchmark in one folder."""
+
+    def __init__(self, folder: Path, quick: bool, seeds: int) -> None:
+        self.folder, self.quick, self.seeds = folder, quick, seeds
+        self.plan: dict[str, dict[int, tuple[int, int, bool]]] = QUICK if quick else PLAN
+        self.counts = (1, 2, 3, 4) if quick else PLAIN_CALLS
+
+    def search(self, sampler: str, calls: int) -> Search:
+        words = [*(SMALL if self.quick else FULL), f"task.steps={calls}", f"task.sampler={sampler}", "track.wandb=off"]
+        return Search(config.load(RECIPE, words), self.folder / f"{sampler}-{calls}", Silent(), self.folder / "teacher")
+
+    def jobs(self) -> Iterator[tuple[str, int]]:
+        yield from ((sampler, calls) for sampler, plan in self.plan.items() for calls in plan)
+
+    def work(self) -> None:
+        """What is not done yet, and not in another process's hands."""
+        repeated = [(sampler, calls) for sampler, calls in self.jobs() if self.plan[sampler][calls][0] > 1]
+        for sampler, calls in repeated:
+            self._locked(f"{sampler}-{calls}", lambda s=sampler, c=calls: self.arms(s, c))
+        for calls in self.counts:
+            self._locked(f"plain-{calls}", lambda calls=calls: self.plain(calls))
+        for sampler, calls in self.jobs():  # those of one seed, and what another process has left
+            self._locked(f"{sampler}-{calls}", lambda s=sampler, c=calls: self.arms(s, c))
+
+    def _locked(self, name: str, job: Any) -> None:
+        try:
+            with locked(self.folder / "locks" / name):
+                job()
+        except UserError as error:
+            if "another search" not in str(error):
+                raise
+
+    def plain(self, calls: int) -> tuple[str, Scores]:
+        """The best plain sampler and grid of that many calls by validation cases, and its scores on test cases."""
+        search = self.search("dpmpp_2m", calls)
+        name = f"best of {calls}"
+        arm = search.tuner.best_of(name, search.solvers())
+        return str(arm.choice["best"]), search.tuner.test(arm, list(search.settings.objective.report))
+
+    def arms(self, sampler: str, calls: int) -> tuple[Search, dict[str, list[Arm]], dict[str, list[Scores]]]:
+        """Every arm of one number of calls, with its scores on test cases."""
+        search = self.search(sampler, calls)
+        learned, without, controls = self.plan[sampler][calls]
+        dials = search.dials()
+        arms: dict[str, list[Arm]] = {}
+
+        def add(name: str, arm: Arm) -> None:
+            arms.setdefault(name, []).append(arm)
+            search.tuner.test(arm, metrics)
+
+        metrics = list(search.settings.objective.report)
+        add("best solver", search.make(ARMS["best solver"], dials))
+        for seed in range(min(learned, self.seeds)):
+            add("learned", search.learn(dials, seed, name=f"learned {seed}"))
+        for seed in range(min(without, self.seeds)):
+            add("sampler dials", search.learn(dials, seed, ARMS["sampler dials"], f"sampler dials {seed}"))
+        for name in CONTROLS if controls else ("plain",):
+            add(name, search.make(ARMS[name], dials))
+        scores = {name: [search.tuner.test(arm, metrics) for arm in group] for name, group in arms.items()}
+        return search, arms, scores
+
+
+def finished(bench: Bench, sampler: str, calls: int) -> bool:
+    """Whether a number of calls has its learned and its dial arms."""
+    learned, without, _ = bench.plan[sampler][calls]
+    folder = bench.folder / f"{sampler}-{calls}" / "arms"
+    wanted = [f"learned {s}" for s in range(min(learned, bench.seeds))]
+    wanted += [f"sampler dials {s}" for s in range(min(without, bench.seeds))] + ["plain", "best solver"]
+    return all((folder / f"{name}.test.json").exists() for name in wanted)
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """The content of the result file."""
+    bench.work()
+    plains = {calls: bench.plain(calls) for calls in bench.counts}
+    objective = {calls: scores.values[OBJECTIVE] for calls, (_, scores) in plains.items()}
+    rows, paired, worths, settings = [], [], [], None
+    for sampler, calls in bench.jobs():
+        if not finished(bench, sampler, calls):
+            print(f"{sampler}, {calls} calls: not finished, left out")
+            continue
+        search, arms, scores = bench.arms(sampler, calls)
+        settings = search.settings
+        metrics = report_metrics(settings)
+        for name, group in scores.items():
+            for metric in metrics:
+                table = np.stack([s.values[metric.name] for s in group], 1)
+                low, high = interval(table)
+                rows.append({
+                    "calls": calls, "sampler": sampler, "method": name, "metric": metric.name,
+                    "mean": float(table.mean()), "low": low, "high": high, "seeds": len(group),
+                    "numbers": len(arms[name][0].values) and _numbers(arms[name][0]), "price": arms[name][0].calls,
+                })  # fmt: skip
+            table = np.stack([s.values[OBJECTIVE] for s in group], 1)
+            worths.append({"calls": calls, "sampler": sampler, "method": name, **_worth(table, objective)})
+        for other in scores:
+            if other != "learned":
+                for m in metrics:
+                    row = compare(
+                        scores["learned"], scores[other], m.name, ("learned", other), m.optimised, "test",
+                        m.higher_is_better,
+                    )  # fmt: skip
+                    paired.append({"calls": calls, "sampler": sampler, **asdict(row)})
+    assert settings is not None
+    return {
+        "name": "few_steps",
+        "command": "python benchmarks/few_steps.py" + (" --quick" if bench.quick else f" --seeds {bench.seeds}"),
+        "quick": bench.quick,
+        "settings": asdict(settings),
+        "versions": versions(),
+        "plain": [
+            {"calls": calls, "solver": name, "means": scores.means()} for calls, (name, scores) in plains.items()
+        ],
+        "teacher": teacher_row(bench),
+        "rows": rows,
+        "paired": paired,
+        "worth": worths,
+        "carry": carried(bench),
+    }
+
+
+def _numbers(arm: Arm) -> int:
+    """How many numbers were learned."""
+    dials = {"guidance", "strength"}
+    return len([name for name in arm.values if name not in dials])
+
+
+def _worth(table: np.ndarray, plain: dict[int, np.ndarray]) -> dict[str, Any]:
+    found = worth(table, plain)
+    return {"plain_calls": found.calls, "low": found.low, "high": found.high, "capped": found.capped}
+
+
+def teacher_row(bench: Bench) -> dict[str, Any]:
+    """How far 50 calls of DPM++ 2M and of DDIM are from 200 of DPM++ 2M, in dB; what the judge says of the teacher."""
+    path = bench.folder / "teacher.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    from rwopt.objectives import make_objective
+    from rwopt.objectives.pixel import psnr
+
+    search = bench.search("dpmpp_2m", 3 if not bench.quick else 2)
+    splits, model = search.experiment.splits, search.experiment.model
+    task, base = splits.task("test"), search.experiment.base
+    batch = replace(task.describe(task.teacher), images=task.teacher)
+    out = {name: float(make_objective(name)(batch).mean()) for name in ("judge.accuracy", "judge.realism")}
+    few = splits.prepare(splits.cases("test")[:32])
+    far = model.decode(teacher_latents(few, base, course_by_rule(model, 200 if not bench.quick else 20, "dpmpp_2m")))
+    for sampler in ("dpmpp_2m", "ddim"):
+        near = model.decode(teacher_latents(few, base, course_by_rule(model, 50 if not bench.quick else 8, sampler)))
+        out[f"psnr of 50 {sampler} to 200"] = float(psnr(near, far).mean())
+    write_text(path, json.dumps(out))
+    return out
+
+
+def carried(bench: Bench) -> list[dict[str, Any]]:
+    """One file, other uses: other numbers of calls, another sampler, another guidance; mean dB to the teacher there."""
+    path = bench.folder / "carry.json"
+    if path.exists():
+        return list(json.loads(path.read_text()))
+    sampler, calls = "dpmpp_2m", 2 if bench.quick else 3
+    source = bench.search(sampler, calls)
+    table = source.experiment.model.table
+    out: list[dict[str, Any]] = []
+
+    def psnr(search: Search, schedule: Schedule | None) -> float:
+        return search.experiment.value("test", search.experiment.base, schedule)
+
+    def small(sampler: str, calls: int, guidance: float = 4.0) -> Search:
+        words = [*(SMALL if bench.quick else FULL), f"task.steps={calls}", f"task.sampler={sampler}", "track.wandb=off",
+                 f"dials.guidance={guidance}", "task.test=8" if bench.quick else "task.test=96"]  # fmt: skip
+        name = f"carry-{sampler}-{calls}-{guidance:g}"
+        return Search(config.load(RECIPE, words), bench.folder / name, Silent(), bench.folder / "teacher")
+
+    def add(use: str, search: Search, schedule: Schedule) -> None:
+        ones = Schedule.constant(schedule.sites, schedule.sigmas, steps=schedule.steps)
+        best = search.tuner.best_of("best solver", search.solvers()).schedule
+        forms = {"plain": None, "best plain sampler": best, "weights alone": replace(schedule, steps=None),
+                 "dials alone": ones, "whole file": schedule}  # fmt: skip
+        out.append({"use": use, **{name: psnr(search, form) for name, form in forms.items()}})
+
+    learned = Arm.load(source.folder / "arms" / "learned 0.json").schedule
+    assert learned is not None
+    assert learned.steps is not None
+    for other in sorted({calls, 2, 3, 4, 5, 6}):
+        steps = learned.steps.resampled(other, table)
+        add(f"{other} calls", small(sampler, other), replace(learned, steps=steps))
+    for other in ("ddim", "uni_pc"):
+        steps = replace(learned.steps, sampler=other)
+        add(f"sampler {other}", small(other, calls), replace(learned, steps=steps))
+    ddim = bench.folder / f"ddim-{calls}" / "arms" / "learned 0.json"
+    if ddim.exists():
+        schedule = Arm.load(ddim).schedule
+        assert schedule is not None
+        assert schedule.steps is not None
+        for other in ("dpmpp_2m", "uni_pc"):
+            steps = replace(schedule.steps, sampler=other)
+            add(f"learned with ddim, used with {other}", small(other, calls), replace(schedule, steps=steps))
+    for guidance in (2.0, 7.0):
+        scales = tuple(max(1.01, g * guidance / 4.0) for g in learned.steps.guidance)
+        steps = replace(learned.steps, guidance=scales)
+        add(f"guidance {guidance:g}", small(sampler, calls, guidance), replace(learned, steps=steps))
+    write_text(path, json.dumps(out))
+    return out
+
+
+# tables and pictures
+
+LABELS = {"dpmpp_2m": "DPM++ 2M", "ddim": "DDIM", "uni_pc": "UniPC"}
+METHODS = ("plain", "best solver", "best guidance", "analytic", "constant", "clock", "clock and told", "sampler dials",
+           "weights", "weights and clock", "learned")  # fmt: skip
+COLUMNS = ((OBJECTIVE, "PSNR, dB", ".2f"), ("teacher.ssim", "SSIM", ".3f"), ("judge.accuracy", "judge accuracy", ".1%"),
+           ("judge.realism", "judge realism", ".3f"))  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The long tables of `docs/few-steps.md`."""
+    table = {(r["sampler"], r["calls"], r["method"], r["metric"]): r for r in result["rows"]}
+    worths = {(w["sampler"], w["calls"], w["method"]): w for w in result["worth"]}
+    pairs = {(p["sampler"], p["calls"], p["b"], p["metric"]): p for p in result["paired"]}
+    lines = []
+    for sampler in dict.fromkeys(r["sampler"] for r in result["rows"]):
+        head = ["calls", "method", "numbers", *(title for _, title, _ in COLUMNS), "learned − this, dB", "worth"]
+        lines += [f"**{LABELS[sampler]}**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for calls in sorted({r["calls"] for r in result["rows"] if r["sampler"] == sampler}):
+            for method in METHODS:
+                row = table.get((sampler, calls, method, OBJECTIVE))
+                if row is None:
+                    continue
+                cells = [f"{table[sampler, calls, method, name]['mean']:{form}}" for name, _, form in COLUMNS]
+                pair = pairs.get((sampler, calls, method, OBJECTIVE))
+                gain = "" if pair is None else f"{pair['mean']:+.2f} [{pair['low']:+.2f}, {pair['high']:+.2f}]"
+                lines.append(f"| {calls} | {method} | {row['numbers'] or ''} | {' | '.join(cells)} | {gain} | "
+                             f"{worth_text(worths[sampler, calls, method])} |")  # fmt: skip
+        lines.append("")
+    seeds = max(r["seeds"] for r in result["rows"])
+    teacher = result["teacher"]
+    cases, far = result["settings"]["task"]["test"], [teacher[f"psnr of 50 {s} to 200"] for s in ("dpmpp_2m", "ddim")]
+    lines += [
+        f"{cases} test cases, up to {seeds} search seeds (the result file has the number of each row); intervals "
+        "resample cases and seeds. worth: plain calls of the best sampler and grid that reach the same PSNR. The "
+        f"teacher: judge accuracy {teacher['judge.accuracy']:.1%}, realism {teacher['judge.realism']:.3f}; 50 calls of "
+        f"DPM++ 2M are {far[0]:.1f} dB from 200, 50 of DDIM {far[1]:.1f} dB. `{result['command']}`"
+    ]
+    return "\n".join(lines)
+
+
+def worth_text(row: dict[str, Any]) -> str:
+    more = "over " if row["capped"] else ""
+    return f"{more}{row['plain_calls']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+
+
+def carry_markdown(result: dict[str, Any]) -> str:
+    names = [name for name in result["carry"][0] if name != "use"]
+    lines = ["| use | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for row in result["carry"]:
+        lines.append(f"| {row['use']} | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
+    cases = 8 if result["quick"] else 96
+    about = f"dB to the teacher of that use, {cases} test cases, one file learned at 3 calls of DPM++ 2M, guidance 4."
+    return "\n".join([*lines, "", f"{about} `{result['command']}`"])
+
+
+def short(result: dict[str, Any]) -> str:
+    """What README shows: DPM++ 2M at few calls."""
+    table = {(r["calls"], r["method"], r["metric"]): r for r in result["rows"] if r["sampler"] == "dpmpp_2m"}
+    worths = {(w["calls"], w["method"]): w for w in result["worth"] if w["sampler"] == "dpmpp_2m"}
+    lines = ["| calls | best plain sampler | dials, no weights | learned | like plain calls | judge: plain, learned |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for calls in (2, 3, 4, 6):
+        if (calls, "learned", OBJECTIVE) not in table:
+            continue
+        shown = ("best solver", "sampler dials", "learned")
+        cells = [f"{table[calls, name, OBJECTIVE]['mean']:.1f} dB" for name in shown]
+        judged = [f"{table[calls, name, 'judge.accuracy']['mean']:.1%}" for name in ("best solver", "learned")]
+        same = f"{worths[calls, 'learned']['plain_calls']:.1f}"
+        lines.append(f"| {calls} | {' | '.join(cells)} | {same} | {', '.join(judged)} |")
+    about = (
+        f"PSNR to the plain model's own picture in 50 calls, {result['settings']['task']['test']} test cases; judge: "
+        "attributes that a network reads right which no search saw, "
+        f"{result['teacher']['judge.accuracy']:.1%} in 50 calls. `{result['command']}`"
+    )
+    return "\n".join([*lines, "", about])
+
+
+def curve(result: dict[str, Any], path: Path) -> None:
+    """Quality against calls: the best plain sampler and grid, the sampler's dials, everything learned."""
+    import matplotlib
+
+    from rwopt.report.style import STYLE, new_figure, save
+
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(7.0, 4.2, layout="constrained")
+        _curve(result, figure.add_subplot())
+        save(figure, path)
+
+
+def _curve(result: dict[str, Any], axis: Any) -> None:
+    plain = [(p["calls"], p["means"][OBJECTIVE]) for p in result["plain"]]
+    axis.plot(*zip(*plain, strict=True), "o-", color=GREY, label="best plain sampler and grid")
+    styles = {("dpmpp_2m", "sampler dials"): ("s--", ORANGE, "dials of DPM++ 2M learned, no weights"),
+              ("dpmpp_2m", "learned"): ("o-", BLUE, "DPM++ 2M, weights and dials learned"),
+              ("ddim", "learned"): ("^:", GREEN, "DDIM, weights and dials learned")}  # fmt: skip
+    for (sampler, method), (marker, color, label) in styles.items():
+        rows = sorted((r["calls"], r["mean"], r["low"], r["high"]) for r in result["rows"]
+                      if (r["sampler"], r["method"], r["metric"]) == (sampler, method, OBJECTIVE))  # fmt: skip
+        if rows:
+            calls, mean, low, high = (np.array(column) for column in zip(*rows, strict=True))
+            axis.errorbar(calls, mean, [mean - low, high - mean], fmt=marker, color=color, label=label, capsize=2)
+    axis.set_xlabel("U-Net calls")
+    axis.set_ylabel("PSNR to the picture of 50 calls, dB")
+    axis.set_xlim(0.5, 16.5)
+    axis.legend(frameon=False, loc="lower right")
+
+
+def grid(bench: Bench, path: Path, rows: int = 5) -> None:
+    """Pictures side by side: plain and learned at 2 and 3 calls, plain at 8, the teacher."""
+    from rwopt.report import image_grid
+
+    columns: dict[str, list[np.ndarray]] = {}
+
+    def add(title: str, images: torch.Tensor) -> None:
+        columns[title] = list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+    for calls in (2, 3):
+        search = bench.search("dpmpp_2m", calls)
+        cases = search.experiment.splits.cases("test")
+        task, base = search.experiment.splits.prepare(cases[7 :: len(cases) // rows][:rows]), search.experiment.base
+        for name, title in (("best solver", f"{calls} calls, best plain"), ("learned 0", f"{calls} calls, learned")):
+            arm = Arm.load(search.folder / "arms" / f"{name}.json")
+            add(title, task.images(arm.dials, arm.schedule))
+    eight = bench.search("dpmpp_2m", 8)
+    add("8 calls, best plain", task.images(base, eight.tuner.best_of("best of 8", eight.solvers()).schedule))
+    assert task.teacher is not None
+    add("50 calls, plain", task.teacher)
+    image_grid(columns, path, [case.caption for case in task.cases])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="some minutes: few cases and updates, own file")
+    parser.add_argument("--seeds", type=int, default=5, help="at most so many of each arm")
+    parser.add_argument("--work", action="store_true", help="only run what is missing, beside other processes")
+    parser.add_argument("--table", action="store_true", help="only make the tables again from the result file")
+    parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-few-steps)")
+    args = parser.parse_args()
+    quiet()
+    name = "few_steps-quick" if args.quick else "few_steps"
+    bench = Bench(args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}", args.quick, args.seeds)
+    file = ROOT / "results" / f"{name}.json"
+    if args.work:
+        bench.work()
+        return
+    result = json.loads(file.read_text()) if args.table else run(bench)
+    write_text(file, json.dumps(result, indent=1) + "\n")
+    print(markdown(result), carry_markdown(result), short(result), sep="\n\n")
+    if not args.quick:
+        docs = ROOT.parent / "docs"
+        into(docs / "few-steps.md", "few_steps", markdown(result))
+        into(docs / "few-steps.md", "carry", carry_markdown(result))
+        into(ROOT.parent / "README.md", "few-steps", short(result))
+        curve(result, docs / "few-steps-curve.png")
+        if not args.table:
+            grid(bench, docs / "few-steps.png")
+
+
+if __name__ == "__main__":
+    main()
