@@ -214,8 +214,11 @@ def test_print_shows_the_resolved_recipe_wherever_the_keys_stand(said: Any, here
 def test_recipes_lists_them_all(said: Any) -> None:
     code, out, _ = said("recipes")
     assert code == 0
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    whole, _, parts = out.partition("\n\n")
+    lines = dict(line.split(maxsplit=1) for line in whole.splitlines())
     assert lines == {name: first for name, (_, first) in config.recipes().items()}
+    assert "model=sdxl " in parts
+    assert "budget=card-8gb " in parts
 
 
 def test_show_prints_the_numbers(said: Any, here: Path, schedule_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

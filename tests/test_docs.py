@@ -55,7 +55,8 @@ TABLES = [("editing", "comparison", "docs/results.md", "editing"),
           ("probes", "probes", "docs/probes.md", "probes"), ("snr", "snr", "docs/probes.md", "snr"),
           ("tuners", "tuners", "docs/tuners.md", "tuners"), ("variants", "variants", "docs/tuners.md", "variants"),
           ("overhead", "overhead", "docs/apply.md", "overhead"), ("hooks", "hooks", "docs/apply.md", "hooks"),
-          ("memory", "memory", "docs/tuners.md", "memory")]  # fmt: skip
+          ("memory", "memory", "docs/tuners.md", "memory"),
+          ("few_steps", "few_steps", "docs/few-steps.md", "few_steps")]  # fmt: skip
 
 
 def result(name: str) -> dict[str, Any]:
@@ -355,7 +356,10 @@ def test_the_example_objective(example: Any) -> None:
     pictures, n = contract.pictures, contract.N
     for name in module.names():
         for method in methods(contract.TestContract):
-            known = contract.Batch(pictures(1), pictures(2), pictures(3), ["a"] * n, [{}] * n, [[]] * n, [[]] * n)
+            known = contract.Batch(
+                pictures(1), pictures(2), pictures(3), pictures(4), contract.latents(5), contract.latents(6), ["a"] * n,
+                [{}] * n, [[]] * n, [[]] * n,
+            )  # fmt: skip
             getattr(contract.TestContract(), method)(name, known)
 
 
