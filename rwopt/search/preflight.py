@@ -66,7 +66,7 @@ def planned_calls(settings: Settings, arms: list[ArmSpec], sites: int, taught: b
     for spec in arms:
         evaluations = spec.evaluations(tuner)
         if spec.solver:
-            calls = solvers * validation * n + 2 * n * 3 * test
+            calls = solvers * validation * n + (4 * n * n + n) * test  # N + 1 to 3 N plain calls: what a gain is worth
         elif spec.learned:
             starts = 1 if settings.probe.start == "none" or not spec.weights else 2
             rounds = max(0, tuner.trials - starts) if tuner.name in ("auto", "gradient") else 0
@@ -76,6 +76,8 @@ def planned_calls(settings: Settings, arms: list[ArmSpec], sites: int, taught: b
         else:
             calls = evaluations * train * n + chosen
         out[spec.name] = calls + test * n
+    shown = batches(min(8, task.test))  # the picture grid
+    out["pictures"] = shown * (n * (len(arms) + 1) + task.teacher.steps * taught)
     out["dials"] = tuner.dial_trials * train * n
     out["probes"] = n * (1 + sites)
     if any(spec.published for spec in arms):

@@ -29,7 +29,7 @@ PRICE = {
     "ablation": K * (1 + S),
     "gradient_norm": 3 * K,
     "gram": K * (1 + S),
-    "reward_gradient": 4 * K,
+    "reward_gradient": 3 * K,
     "shapley": K * (2 + 2 * (S - 1)),
     "snr": K + 3 * K,
     "voting": 2 * K * 2 * 3,
@@ -42,7 +42,7 @@ TAILS = K * (K + 1) // 2  # steps from each step to the end, summed
 STUDENT = {
     "ablation": K + TAILS * S,
     "gram": K + TAILS * S,
-    "reward_gradient": 4 * K,
+    "reward_gradient": 3 * K,
     "shapley": K + TAILS * (1 + 2 * (S - 1)),
     "voting": 2 * 3 * (K + TAILS),
 }

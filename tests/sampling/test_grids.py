@@ -188,7 +188,7 @@ def test_a_list_knows_no_whole_timesteps_but_is_told_them() -> None:
         ("3,14", 2, 1.0, "not strictly descending"),
         ("3,3", 2, 1.0, "not strictly descending"),
         ("14,nan", 2, 1.0, "not strictly descending"),
-        ("nan", 1, 1.0, "leaves the noise levels"),
+        ("nan", 1, 1.0, "no noise level"),
         ("20,3", 2, 1.0, r"leaves the noise levels that there are: stay within 0\.029\d* \.\. 14\.6146"),
         ("14,0.01", 2, 1.0, "leaves the noise levels"),
         ("14,3", 2, 0.5, "leaves the noise levels"),
