@@ -34,6 +34,7 @@ from rwopt.search.identity import versions
 from rwopt.search.search import Search
 from rwopt.search.verdict import report_metrics
 from rwopt.search.worth import worth
+from rwopt.tasks.pictures import to_pictures
 from rwopt.tasks.teacher import teacher_latents
 
 ROOT = Path(__file__).resolve().parent
@@ -146,7 +147,7 @@ def run(bench: Bench) -> dict[str, Any]:
                 rows.append({
                     "calls": calls, "sampler": sampler, "method": name, "metric": metric.name,
                     "mean": float(table.mean()), "low": low, "high": high, "seeds": len(group),
-                    "numbers": len(arms[name][0].values) and _numbers(arms[name][0]), "price": arms[name][0].calls,
+                    "numbers": _numbers(arms[name][0]), "price": arms[name][0].calls,
                 })  # fmt: skip
             table = np.stack([s.values[OBJECTIVE] for s in group], 1)
             worths.append({"calls": calls, "sampler": sampler, "method": name, **_worth(table, objective)})
@@ -198,7 +199,8 @@ def teacher_row(bench: Bench) -> dict[str, Any]:
     search = bench.search("dpmpp_2m", 3 if not bench.quick else 2)
     splits, model = search.experiment.splits, search.experiment.model
     task, base = splits.task("test"), search.experiment.base
-    batch = replace(task.describe(task.teacher), images=task.teacher)
+    assert task.teacher is not None
+    batch = task.describe(task.teacher)
     out = {name: float(make_objective(name)(batch).mean()) for name in ("judge.accuracy", "judge.realism")}
     few = splits.prepare(splits.cases("test")[:32])
     far = model.decode(teacher_latents(few, base, course_by_rule(model, 200 if not bench.quick else 20, "dpmpp_2m")))
@@ -375,7 +377,7 @@ def grid(bench: Bench, path: Path, rows: int = 5) -> None:
     columns: dict[str, list[np.ndarray]] = {}
 
     def add(title: str, images: torch.Tensor) -> None:
-        columns[title] = list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        columns[title] = to_pictures(images)
 
     for calls in (2, 3):
         search = bench.search("dpmpp_2m", calls)

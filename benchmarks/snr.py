@@ -61,7 +61,7 @@ def prediction_snr(
         moments, signal, noise = Moments(), course.levels.signal[i], course.levels.noise[i]
         weights = torch.from_numpy(schedule.at(sigma)).float()
         for _ in range(draws):
-            noisy = signal * clean + noise * torch.randn(clean.shape, generator=generator)
+            noisy = course.noised(i, clean, torch.randn(clean.shape, generator=generator))
             v = predict(model, attachment, noisy, t, text, weights)
             seen = signal * noisy - noise * v
             moments.add(seen, seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +128,20 @@ def test_no_module_only_forwards() -> None:
         assert isinstance(tree, ast.Module)
         if KNOWN[name].name not in ("__init__.py", "__main__.py"):
             assert any(isinstance(n, ast.ClassDef | ast.FunctionDef) for n in tree.body), name
+
+
+def test_scripts_find_what_they_import() -> None:
+    """Those beside the package, which nobody runs every day."""
+    root, missing = PACKAGE.parent, []
+    for path in sorted([*root.glob("benchmarks/*.py"), *root.glob("training/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rwopt":
+                absent = [alias.name for alias in node.names if not _is_there(node.module, alias.name)]
+                missing += [f"{path.name}: {node.module}.{name}" for name in absent]
+    assert missing == []
+
+
+def _is_there(module: str, name: str) -> bool:
+    if f"{module}.{name}" in KNOWN:
+        return True
+    return module in KNOWN and hasattr(importlib.import_module(module), name)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rwopt.models import Model, load_model
 from rwopt.models.judge import Judge
+from rwopt.sampling.course import course_by_rule
 from rwopt.sampling.denoise import condition
-from rwopt.sampling.noise import add_noise, timesteps
 from rwopt.sampling.sample import sample
 from rwopt.unet.attachment import Attachment
 
@@ -50,10 +50,10 @@ def make_fakes(model: Model, pool: str, count: int, seed: int) -> np.ndarray:
             z = z + level * noise * (torch.rand(64, 1, *z.shape[2:], generator=generator) < 0.5)
         else:
             strength = 1.0 if kind < 2 else float(rng.uniform(0.3, 0.9))
-            ts = timesteps(model, int(rng.choice([2, 3, 4, 6, 8, 12])), strength)
+            course = course_by_rule(model, int(rng.choice([2, 3, 4, 6, 8, 12])), strength=strength)
             guidance = torch.from_numpy(rng.uniform(1, 9, size=64)).float()
-            x = noise if kind < 2 else add_noise(model, z, noise, ts[0])
-            z = sample(model, attachment, x, condition(model, [caption(p) for p in people], guidance), ts)
+            x = noise if kind < 2 else course.noised(0, z, noise)
+            z = sample(model, attachment, x, condition(model, [caption(p) for p in people], guidance), course)
         out.append((model.decode(z) * 255).round().byte().permute(0, 2, 3, 1).numpy())
     attachment.remove()
     fakes = np.concatenate(out)[:count]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwopt.cli.screen import quiet
+from rwopt.config.recipe import read_value
 from rwopt.errors import UserError
 
 if TYPE_CHECKING:
     from rwopt.schedule import Schedule
 
-EDITS = ("scale", "clamp", "window", "resample", "merge", "steps")
+EDITS = ("scale=...", "clamp=...", "window=...", "resample=...", "merge=...", "steps=false")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -48,7 +49,7 @@ def edit_schedule(args: argparse.Namespace) -> None:
     given = _values(args.settings)
     out, share = _taken(given, "out", "the schedule file to write"), given.pop("share", 0.5)
     if not given:
-        raise UserError(f"edit-schedule: nothing to do: give one of {', '.join(f'{name}=...' for name in EDITS)}")
+        raise UserError(f"edit-schedule: nothing to do: give one of {', '.join(EDITS)}")
     schedule = Schedule.load(args.schedule)
     for name, value in given.items():
         if name == "scale":
@@ -64,7 +65,7 @@ def edit_schedule(args: argparse.Namespace) -> None:
         elif name == "steps" and value is False:
             schedule = arithmetic.without_steps(schedule)
         else:
-            raise UserError(f"{name}={value} is no edit: one of scale, clamp, window, resample, merge, steps=false")
+            raise UserError(f"{name}={value} is no edit: one of {', '.join(EDITS)}")
     print(_saved(schedule, out))
 
 
@@ -76,8 +77,7 @@ def _saved(schedule: Schedule, out: str) -> Path:
 
 
 def _values(items: Sequence[str]) -> dict[str, Any]:
-    """key=value words, values as YAML has them: numbers, true, [1, 2], text."""
-    from omegaconf import OmegaConf
+    """key=value words, values as `read_value` has them."""
     from omegaconf.errors import OmegaConfBaseException
 
     out: dict[str, Any] = {}
@@ -88,8 +88,7 @@ def _values(items: Sequence[str]) -> dict[str, Any]:
         if key in out:
             raise UserError(f"{key} is given twice: once is enough")
         try:
-            value = OmegaConf.from_dotlist([f"value={text}"])["value"]
-            out[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            out[key] = read_value(text)
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"{item} cannot be read: {' '.join(str(error).split())}") from None
         if text[:1].isdigit() and "," in text:  # FreeU's four numbers and the like stay text

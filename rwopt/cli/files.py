@@ -73,13 +73,14 @@ def sites(args: argparse.Namespace) -> None:
 
 
 def recipes(args: argparse.Namespace) -> None:
-    from rwopt.config import recipes
+    from rwopt import config
     from rwopt.config.groups import groups
 
     parts = {name.replace("/", "="): about for name, (_, about) in groups().items()}
-    width = max(map(len, [*recipes(), *parts]))
-    for name, (_, first) in recipes().items():
-        print(f"{name:<{width}}  {first}")
+    whole = {name: about for name, (_, about) in config.recipes().items()}
+    width = max(map(len, [*whole, *parts]))
+    for name, about in whole.items():
+        print(f"{name:<{width}}  {about}")
     print("\nparts, chosen beside a recipe, as in rwopt search recipe=few-steps model=sdxl budget=card-8gb:")
     for name, about in parts.items():
         print(f"{name:<{width}}  {about}")

@@ -19,7 +19,7 @@ def sample(args: argparse.Namespace) -> None:
     quiet()
     from rwopt.tasks.cases import Case
 
-    pictures(args, [Case(f"sample-{args.seed}-{i}", args.caption) for i in range(4)])
+    side_by_side(args, [Case(f"sample-{args.seed}-{i}", args.caption) for i in range(4)])
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -39,10 +39,10 @@ def edit(args: argparse.Namespace) -> None:
             case.caption, case.truth = args.caption, None
     if args.seed:  # the start noise is a function of the id; seed 0 is the one that searches use
         case.id = f"{case.id}/{args.seed}"
-    pictures(args, [case])
+    side_by_side(args, [case])
 
 
-def pictures(args: argparse.Namespace, cases: Sequence[Case]) -> None:
+def side_by_side(args: argparse.Namespace, cases: Sequence[Case]) -> None:
     from rwopt.report.grid import picture_format
     from rwopt.schedule import Schedule
     from rwopt.search.comparison import pictures

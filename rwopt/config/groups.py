@@ -24,9 +24,13 @@ def groups() -> dict[str, tuple[Path, str]]:
     out = {}
     for group in GROUPS:
         for path in sorted((package_folder("recipes") / group).glob("*.yaml")):
-            first = path.read_text(encoding="utf-8").partition("\n")[0]
-            out[f"{group}/{path.stem}"] = (path, first.lstrip("# ").strip())
+            out[f"{group}/{path.stem}"] = (path, heading(path))
     return out
+
+
+def heading(path: Path) -> str:
+    """The first line of a recipe or group, a comment that says what it is."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").strip()
 
 
 def read_group(name: str, where: str) -> dict[str, Any]:

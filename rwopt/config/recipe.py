@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rwopt.config.groups import groups, is_choice, merged, read_group
+from rwopt.config.groups import groups, heading, is_choice, merged, read_group
 from rwopt.config.settings import Settings
 from rwopt.errors import UserError
 from rwopt.files import package_folder
@@ -22,11 +22,7 @@ from rwopt.files import package_folder
 
 def recipes() -> dict[str, tuple[Path, str]]:
     """Recipes that ship with the package: name -> (file, first comment line)."""
-    out = {}
-    for path in sorted(package_folder("recipes").glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        out[path.stem] = (path, first.lstrip("# ").strip())
-    return out
+    return {path.stem: (path, heading(path)) for path in sorted(package_folder("recipes").glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
@@ -106,10 +102,16 @@ def to_yaml(settings: Settings) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.structured(settings)))
 
 
-def _nested(item: str) -> dict[str, Any]:
-    """An override as nested mappings. In a mapping of free names the rest is one name: objective.terms.judge.kept=2."""
+def read_value(text: str) -> Any:
+    """What stands behind key=, as YAML has it: numbers, true, [1, 2], text."""
     from omegaconf import OmegaConf
 
+    value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _nested(item: str) -> dict[str, Any]:
+    """An override as nested mappings. In a mapping of free names the rest is one name: objective.terms.judge.kept=2."""
     key, sign, text = item.partition("=")
     parts = key.split(".")
     if not sign or not all(parts):
@@ -120,7 +122,7 @@ def _nested(item: str) -> dict[str, Any]:
             parts[depth:] = [".".join(parts[depth:])]
             break
         node = getattr(node, part, None)
-    value: Any = text if isinstance(node, str) else OmegaConf.from_dotlist([f"value={text}"])["value"]
+    value: Any = text if isinstance(node, str) else read_value(text)
     for part in reversed(parts):
         value = {part: value}
     return dict(value)

@@ -14,7 +14,7 @@ import numpy as np
 
 from rwopt.errors import UserError
 from rwopt.export.ldm import kind_of
-from rwopt.export.plain import one_row, place_of
+from rwopt.export.plain import one_row, place_of, read_text
 from rwopt.files import write_text
 from rwopt.schedule import Schedule
 from rwopt.schedule.document import LIMIT, one_line
@@ -117,15 +117,8 @@ def read(path: str | Path, name: str = "") -> Schedule:
 
     One level, mode residual. Numbers of the text encoder and of layers without a site are kept as notes.
     """
-    try:
-        with Path(path).open("rb") as file:
-            text = file.read(LIMIT + 1).decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): give a file of preset lines") from None
-    except ValueError:
-        raise UserError(f"{path}: is no text: give a file of preset lines") from None
     found: dict[str, list[str]] = {}
-    for line in text[:LIMIT].splitlines():
+    for line in read_text(path, LIMIT, "a file of preset lines").splitlines():
         label, colon, text = line.partition(":")
         if colon and not line.startswith("#") and text.count(",") + 1 in FORMS:
             found[label.strip()] = text.split(",")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwopt.errors import UserError
-from rwopt.export.plain import names
+from rwopt.export.plain import names, read_text
 from rwopt.files import write_text
 from rwopt.schedule import Schedule
 from rwopt.schedule.document import FORMAT, LIMIT, VERSION, brief, check, one_line
@@ -45,16 +45,11 @@ def export(schedule: Schedule, place: Path) -> list[Path]:
 
 def read(path: str | Path) -> Schedule:
     """The schedule of a table. UserError of one line for anything else."""
+    text = read_text(path, _LIMIT, "a CSV table")
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(_LIMIT + 1)
-        if len(content) > _LIMIT:
-            raise UserError(f"{path}: is longer than {_LIMIT // 1_000_000} MB")
-        document = _document([*csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))])
+        document = _document([*csv.reader(io.StringIO(text, newline=""))])
         check(document, notes=True)
         return Schedule.from_dict(document)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): give a CSV table") from None
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: is no table of a schedule ({one_line(str(error))})") from None
     except UserError as error:

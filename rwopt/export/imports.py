@@ -16,6 +16,7 @@ import numpy as np
 from rwopt.errors import UserError, one_of
 from rwopt.export import block_weight, csv_table, tensors
 from rwopt.export.block_weight import transformers
+from rwopt.export.plain import read_text
 from rwopt.schedule import Schedule, noise_table
 from rwopt.schedule.document import LARGEST, one_line
 from rwopt.schedule.noise import sigma_at
@@ -66,7 +67,7 @@ def read_reference(
     """
     import yaml  # type: ignore[import-untyped]
 
-    text = _text(path)
+    text = read_text(path, _MOST_TEXT, "rows of YAML")
     if re.search(r"(^|[\s\[,:{-])[&*][^\s]", text):  # they can make a small file a huge document
         raise UserError(f"{path}: has anchors (& or *): write the rows out")
     try:
@@ -125,7 +126,7 @@ def read_freeu(
     """FreeU's b1, b2, s1, s2: a file with `b1: 1.3` and so on, or the four as text, `1.3,1.4,0.9,0.2`."""
     from rwopt.export.fold import skeleton
 
-    text = str(path) if re.fullmatch(r"[-+.\deE, ]+", str(path)) else _text(path)
+    text = str(path) if re.fullmatch(r"[-+.\deE, ]+", str(path)) else read_text(path, _MOST_TEXT, "b1, b2, s1, s2")
     named = dict(re.findall(r"\b([bs][12])\b[\"']?\s*[:=]\s*([-+.\deE]+)", text))
     values = [named.get(name, "") for name in ("b1", "b2", "s1", "s2")] if named else text.split(",")
     try:
@@ -135,19 +136,6 @@ def read_freeu(
     high, low = window
     noise = _SD if np.isfinite(high) or low else None
     return freeu(skeleton(unet), b1, b2, s1, s2, variant, (high, low), noise)
-
-
-def _text(path: str | Path) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(_MOST_TEXT + 1)
-        if len(content) > _MOST_TEXT:
-            raise UserError(f"{path}: is longer than {_MOST_TEXT} bytes")
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): give a file") from None
-    except ValueError:
-        raise UserError(f"{path}: is no text in UTF-8") from None
 
 
 _READERS: dict[str, Callable[..., Schedule]] = {

@@ -1,12 +1,14 @@
-"""What several targets ask of a schedule: other tools' names of its sites, and its one row of weights."""
+"""What several targets ask: other tools' names of a schedule's sites, its one row of weights, a foreign file's text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rwopt.errors import UserError
 from rwopt.export.ldm import kind_of
 from rwopt.schedule import Schedule
+from rwopt.schedule.document import one_line
 from rwopt.schedule.noise import Array
 from rwopt.unet.names import Names, foreign_names
 
@@ -28,6 +30,23 @@ def names(schedule: Schedule) -> list[Names]:
 def place_of(site: str) -> str:
     """The module path of a site's id."""
     return site if kind_of(site) == "transformer" else site.rsplit(".", 1)[0]
+
+
+def read_text(path: str | Path, most: int, what: str) -> str:
+    """The text in UTF-8 of a foreign file of at most `most` bytes. UserError, that asks for `what`, if it is none."""
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give {what}") from None
+    except ValueError as error:  # of the path
+        raise UserError(f"{one_line(str(path))}: cannot be read ({error}): give {what}") from None
+    if len(content) > most:
+        raise UserError(f"{path}: is longer than {most} bytes: give {what}")
+    try:
+        return content.decode("utf-8-sig")
+    except ValueError:
+        raise UserError(f"{path}: is no text in UTF-8: give {what}") from None
 
 
 def one_row(schedule: Schedule, host: str, at: float | None, steps: bool) -> Array:

@@ -19,12 +19,12 @@ from rwopt.models.addons import add_embeddings, add_loras, other_vae
 from rwopt.models.formats import FORMATS, auto_vae_format, has_bf16
 from rwopt.models.model import Model, latent_size, vae_factor
 from rwopt.models.quiet import quiet
-from rwopt.models.single_file import is_file_name, kind_of_file, open_file
+from rwopt.models.single_file import SD, XL, is_file_name, kind_of_file, open_file, without_extras
+from rwopt.models.text import encoders_of
 from rwopt.models.variants import only_variant
 
 EMBEDDED = Path(__file__).parent / "avatars"
 
-SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 _KINDS = {
     SD: SD,
     "StableDiffusionImg2ImgPipeline": SD,
@@ -98,7 +98,7 @@ def load_model(
         vae_format = auto_vae_format(pipe.vae.config, side, unet_format, bf16)
     else:
         vae_format = torch.float32
-    encoders = [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+    encoders = encoders_of(pipe)
     for part in (pipe.unet, pipe.vae, *encoders):
         part.requires_grad_(False).eval()
     for part, number in ((pipe.unet, unet_format), (pipe.vae, vae_format)):
@@ -189,7 +189,7 @@ def _open(place: str, kind: str, unet: torch.dtype, revision: str, variant: str,
     import diffusers
 
     given: dict[str, Any] = {"torch_dtype": {"unet": unet, "default": torch.float32}}
-    given |= {"safety_checker": None, "requires_safety_checker": False} if kind == SD else {"add_watermarker": False}
+    given |= without_extras(kind)
     given |= {key: value for key, value in (("revision", revision), ("vae", vae)) if value}
     folder = Path(place)
     variant = variant or (only_variant(folder) if folder.is_dir() else "")
@@ -215,7 +215,7 @@ def _check_noise(name: str, scheduler: Any) -> None:
 
 
 def _check_clip_skip(pipe: Any, clip_skip: int) -> None:
-    encoders = [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+    encoders = encoders_of(pipe)
     layers = min(e.config.num_hidden_layers for e in encoders)
     most = layers - (len(encoders) > 1)  # SDXL leaves out one by itself
     check(0 <= clip_skip <= most, "model.clip_skip", clip_skip, f"give the number of layers to leave out, 0 to {most}")

@@ -208,6 +208,7 @@ class Model:
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         }
 
+
 def vae_factor(vae: Any) -> int:
     """By how much a VAE's pictures are larger than their latents."""
     channels: Sequence[int] = vae.config.get("block_out_channels") or vae.config["decoder_block_out_channels"]

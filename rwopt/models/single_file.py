@@ -14,6 +14,9 @@ import torch
 from rwopt.errors import UserError
 from rwopt.models.quiet import quiet
 
+SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+"""The classes of pipelines that models are run by."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _UNET = "model.diffusion_model."
@@ -76,10 +79,15 @@ def kind_of_file(name: str, path: str) -> tuple[str, dict[str, int]]:
     if any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
         raise UserError(f"model.name={name} is an SDXL refiner: give its base model")
     sdxl = _UNET + "label_emb.0.0.weight" in shapes
-    return ("StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"), {
+    return (XL if sdxl else SD), {
         "in_channels": entry[1],
         "latent_channels": shapes.get(_UNET + "out.2.weight", entry[1:])[0],
     }
+
+
+def without_extras(kind: str) -> dict[str, Any]:
+    """Arguments that leave out what a pipeline adds behind the model: a checker of pictures, a watermark."""
+    return {"safety_checker": None, "requires_safety_checker": False} if kind == SD else {"add_watermarker": False}
 
 
 def open_file(path: str, kind: str, config: str, vae: Any) -> Any:
@@ -91,11 +99,7 @@ def open_file(path: str, kind: str, config: str, vae: Any) -> Any:
     import diffusers
 
     shapes = shapes_of(path, path)
-    given: dict[str, Any] = {"torch_dtype": torch.float32}
-    if kind == "StableDiffusionPipeline":
-        given |= {"safety_checker": None, "requires_safety_checker": False}
-    else:
-        given |= {"add_watermarker": False}
+    given: dict[str, Any] = {"torch_dtype": torch.float32, **without_extras(kind)}
     given |= {key: value for key, value in (("config", config), ("vae", vae)) if value}
     if vae is None and not any(key.startswith(_VAES) for key in shapes):
         raise UserError(f"model.name={path} holds no VAE: give model.vae")

@@ -25,6 +25,12 @@ class Text(NamedTuple):
     pooled: Tensor | None = None
 
 
+def encoders_of(pipe: Any) -> list[Any]:
+    """A pipeline's text encoders that are there: one, or SDXL's two."""
+    found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    return [encoder for encoder in found if encoder is not None]
+
+
 @dataclass
 class Texts:
     """The text side of a pipeline. Each prompt is encoded once; on a GPU the encoders are there for new ones only, and
@@ -45,9 +51,8 @@ class Texts:
 
     @property
     def encoders(self) -> list[Any]:
-        """Text encoders that are there: one, or SDXL's two."""
-        found = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
-        return [encoder for encoder in found if encoder is not None]
+        """`encoders_of` its pipeline."""
+        return encoders_of(self.pipe)
 
     def positive(self, prompts: Sequence[str]) -> Text:
         """Of N prompts."""

@@ -7,14 +7,14 @@ Probabilities are calibrated; `*_accuracy` is the share of right answers, which 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from rwopt.errors import UserError
 from rwopt.models.judge import Judge, Verdict
-from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec
+from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec, against
 
 NETWORKS = ("scorer", "judge")
 
@@ -142,14 +142,6 @@ def feature_distance(network: str, images: Tensor, other: Tensor) -> Tensor:
     return relative
 
 
-def _distance(network: str) -> Callable[[Batch], Tensor]:
-    def score(batch: Batch) -> Tensor:
-        assert batch.truth is not None
-        return feature_distance(network, batch.images, batch.truth)
-
-    return score
-
-
 # suffix -> (factory, differentiable, needs, higher is better, what it is)
 _KINDS: dict[str, tuple[Callable[[str], Callable[[Batch], Tensor]], bool, tuple[str, ...], bool, str]] = {
     "success": (lambda n: _success(n, False), True, ("reference", "target", "changed"), True,
@@ -166,7 +158,8 @@ _KINDS: dict[str, tuple[Callable[[str], Callable[[Batch], Tensor]], bool, tuple[
                  "share of the caption's attributes which the judge reads right"),
     "identity": (_identity, True, ("reference",), True, "cosine of the identity embeddings of picture and reference"),
     "realism": (_realism, True, (), True, "probability of a drawn avatar rather than a model's failure"),
-    "distance": (_distance, True, ("truth",), False, "relative feature distance to the true edit"),
+    "distance": (lambda n: against("truth", partial(feature_distance, n)), True, ("truth",), False,
+                 "relative feature distance to the true edit"),
 }  # fmt: skip
 
 

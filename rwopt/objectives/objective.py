@@ -38,6 +38,17 @@ class Batch:
         return replace(self, **{name: value[index] for name, value in known.items() if value is not None})
 
 
+def against(field: str, compare: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Batch], Tensor]:
+    """Scores [N] of the pictures by `compare` with those of a batch's `field`, such as truth or teacher."""
+
+    def score(batch: Batch) -> Tensor:
+        other: Tensor | None = getattr(batch, field)
+        assert other is not None
+        return compare(batch.images, other)
+
+    return score
+
+
 @dataclass(frozen=True)
 class ObjectiveSpec:
     """What an objective declares. `needs`: fields of `Batch`; `pictures`: whether it looks at the pictures at all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec
+from rwopt.objectives.objective import Objective, ObjectiveSpec, against
 
 
 def psnr(images: Tensor, other: Tensor) -> Tensor:
@@ -22,26 +22,17 @@ def ssim(images: Tensor, other: Tensor) -> Tensor:
     return value.reshape(len(images))
 
 
-def _psnr_truth(batch: Batch) -> Tensor:
-    assert batch.truth is not None
-    return psnr(batch.images, batch.truth)
-
-
-def _ssim_truth(batch: Batch) -> Tensor:
-    assert batch.truth is not None
-    return ssim(batch.images, batch.truth)
-
-
-def _ssim_source(batch: Batch) -> Tensor:
-    assert batch.reference is not None
-    return ssim(batch.images, batch.reference).clamp(min=0)
+def likeness(images: Tensor, other: Tensor) -> Tensor:
+    """`ssim` from 0 on."""
+    return ssim(images, other).clamp(min=0)
 
 
 _ALL = {
-    "truth.psnr": (_psnr_truth, (0.0, 100.0), "peak signal-to-noise ratio to the true edit, dB"),
-    "truth.ssim": (_ssim_truth, (-1.0, 1.0), "structural similarity to the true edit"),
-    "source.ssim": (_ssim_source, (0.0, 1.0), "structural similarity to the source: pose and place are kept, too"),
-}
+    "truth.psnr": (against("truth", psnr), (0.0, 100.0), "peak signal-to-noise ratio to the true edit, dB"),
+    "truth.ssim": (against("truth", ssim), (-1.0, 1.0), "structural similarity to the true edit"),
+    "source.ssim": (against("reference", likeness), (0.0, 1.0),
+                    "structural similarity to the source: pose and place are kept, too"),
+}  # fmt: skip
 
 
 def names() -> list[str]:

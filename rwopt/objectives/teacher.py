@@ -7,13 +7,13 @@ These objectives need no reward network, work on any model, and cannot be bought
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from rwopt.objectives.avatar import NETWORKS, feature_distance
-from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec
-from rwopt.objectives.pixel import psnr, ssim
+from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec, against
+from rwopt.objectives.pixel import likeness, psnr
 
 
 def _latent(batch: Batch) -> Tensor:
@@ -23,31 +23,16 @@ def _latent(batch: Batch) -> Tensor:
     return error / batch.teacher_latents.square().flatten(1).sum(1).clamp(min=1e-12)
 
 
-def _psnr(batch: Batch) -> Tensor:
-    assert batch.teacher is not None
-    return psnr(batch.images, batch.teacher)
-
-
-def _ssim(batch: Batch) -> Tensor:
-    assert batch.teacher is not None
-    return ssim(batch.images, batch.teacher).clamp(min=0)
-
-
-def _features(network: str) -> Callable[[Batch], Tensor]:
-    def distance(batch: Batch) -> Tensor:
-        assert batch.teacher is not None
-        return feature_distance(network, batch.images, batch.teacher)
-
-    return distance
-
-
 _SPECS = {
     "teacher.latent": (_latent, False, (0.0, float("inf")), "relative squared distance to the teacher's latents"),
-    "teacher.psnr": (_psnr, True, (0.0, 100.0), "peak signal-to-noise ratio to the teacher's picture, dB"),
-    "teacher.ssim": (_ssim, True, (0.0, 1.0), "structural similarity to the teacher's picture"),
+    "teacher.psnr": (
+        against("teacher", psnr), True, (0.0, 100.0), "peak signal-to-noise ratio to the teacher's picture, dB",
+    ),
+    "teacher.ssim": (against("teacher", likeness), True, (0.0, 1.0), "structural similarity to the teacher's picture"),
     **{
         f"teacher.features.{network}": (
-            _features(network), False, (0.0, float("inf")), f"relative distance of the {network}'s last features",
+            against("teacher", partial(feature_distance, network)), False, (0.0, float("inf")),
+            f"relative distance of the {network}'s last features",
         )
         for network in NETWORKS
     },

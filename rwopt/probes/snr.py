@@ -66,12 +66,11 @@ class Snr:
         slopes: list[Any] = []
         levels: list[Any] = []
         for i, told in enumerate(course.told):
-            signal, level = course.levels.signal[i], course.levels.noise[i]
             moments: dict[tuple[int, int], Moments] = {}
             for _ in range(self.draws):
                 noise = torch.randn(x.shape, generator=generator).to(x)
                 with watch(model.unet, sites) as seen:
-                    predict(model, attachment, signal * clean + level * noise, told, text)
+                    predict(model, attachment, course.noised(i, clean, noise), told, text)
                 for key, (stream, branch) in seen.items():
                     moments.setdefault(key, Moments()).add(stream, branch)
             for out, read in ((slopes, Moments.slope), (levels, Moments.log_snr)):

@@ -94,7 +94,7 @@ class Teacher:
 
     def _told(self, i: int) -> Condition:
         """The condition, with the guidance that a U-Net may be told."""
-        return told_scale(self.model, self.cond, None if self.course.guidance is None else self.course.guidance[i])
+        return told_scale(self.model, self.cond, self.course.scale_at(i))
 
     def _step(self, i: int, out: Tensor, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         return advance(self.model, self.course, i, out, self.cond, x, memory)

@@ -88,7 +88,7 @@ def unroll(
     memory: Memory = ()
     for i, sigma in enumerate(course.sigmas):
         row = weights(sigma)
-        call = told_scale(model, cond, None if course.guidance is None else course.guidance[i])
+        call = told_scale(model, cond, course.scale_at(i))
 
         def step(
             x: Tensor, row: Row | None, cond: Condition, memory: Memory, part: slice, i: int = i

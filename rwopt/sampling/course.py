@@ -50,6 +50,15 @@ class Course:
         top = self.sigmas[0]
         return top / math.sqrt(top * top + 1) if SAMPLERS[self.sampler].scaled and not self.unscaled else 1.0
 
+    def scale_at(self, i: int) -> Number | None:
+        """Guidance of call `i`; None: the condition's own."""
+        return None if self.guidance is None else self.guidance[i]
+
+    def noised(self, i: int, clean: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents at level `i` with unit noise, both [N, C, h, w]: x_i = s_i x_0 + n_i e, the forward process (Ho
+        et al., 2020, arXiv 2006.11239, equation 4)."""
+        return float(self.levels.signal[i]) * clean + float(self.levels.noise[i]) * noise
+
     def step(
         self, i: int, x: Tensor, clean: Tensor, memory: Memory, rows: slice = slice(None)
     ) -> tuple[Tensor, Memory]:

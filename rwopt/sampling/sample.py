@@ -32,7 +32,7 @@ def advance(
 ) -> tuple[Tensor, Memory]:  # fmt: skip
     """From level `i` of a course to the next by the raw output of the U-Net (`predict`): latents [N, C, h, w], and what
     the solver remembers. rows: which of the course's pictures these are."""
-    guided = guide(out, cond, None if course.guidance is None else course.guidance[i])
+    guided = guide(out, cond, course.scale_at(i))
     clean = clean_in(model, guided, x, course.levels.signal[i], course.levels.noise[i])
     return course.step(i, x, clean, memory, rows)
 
@@ -60,8 +60,8 @@ def sample(
             row = None if weights is None else weights(sigma)
 
             def step(x: Tensor, row: Row | None, memory: Memory, i: int = i) -> tuple[Tensor, Memory]:
-                own = None if course.guidance is None else course.guidance[i]
-                out = predict(model, attachment, x, course.told[i], told_scale(model, cond, own), row)
+                own = told_scale(model, cond, course.scale_at(i))
+                out = predict(model, attachment, x, course.told[i], own, row)
                 return advance(model, course, i, out, cond, x, memory)
 
             x, memory = checkpoint(step, x, row, memory, use_reentrant=False) if grad else step(x, row, memory)

@@ -15,14 +15,14 @@ from typing import Any
 class Sampler:
     """scheduler: class of diffusers; options: of its configuration, beside the model's own noise.
 
-    takes: how a pipeline is given a grid: "timesteps" (whole ones), or "" if it takes none. whole: whether it tells the
-    U-Net whole timesteps. scaled: whether a picture starts from noise times sigma / sqrt(sigma^2 + 1) instead of noise.
+    takes_grid: whether a pipeline can be given one, as whole `timesteps`. whole: whether it tells the U-Net whole
+    timesteps. scaled: whether a picture starts from noise times sigma / sqrt(sigma^2 + 1) instead of noise.
     noisy: whether it adds fresh noise on the way. call: further arguments of a pipeline's call.
     """
 
     scheduler: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    takes: str = "timesteps"
+    takes_grid: bool = True
     whole: bool = True
     scaled: bool = False
     noisy: bool = False
@@ -34,11 +34,13 @@ TCD_GAMMA = 0.3
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}, takes=""),
+    "ddim": Sampler("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}, takes_grid=False),
     "euler": Sampler("EulerDiscreteScheduler", whole=False, scaled=True),
     "dpmpp_2m": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "uni_pc": Sampler("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, takes=""),
-    "euler_ancestral": Sampler("EulerAncestralDiscreteScheduler", takes="", whole=False, scaled=True, noisy=True),
+    "uni_pc": Sampler("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, takes_grid=False),
+    "euler_ancestral": Sampler(
+        "EulerAncestralDiscreteScheduler", takes_grid=False, whole=False, scaled=True, noisy=True
+    ),
     "lcm": Sampler("LCMScheduler", noisy=True),
     "tcd": Sampler("TCDScheduler", noisy=True, call={"eta": TCD_GAMMA}),
 }

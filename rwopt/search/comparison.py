@@ -23,6 +23,7 @@ from rwopt.search.experiment import Experiment
 from rwopt.search.verdict import report_metrics
 from rwopt.tasks import Dials, make_task
 from rwopt.tasks.cases import Case, fit_picture
+from rwopt.tasks.pictures import to_pictures
 from rwopt.tasks.teacher import teach
 
 
@@ -135,12 +136,11 @@ def pictures(
         columns["source"] = [case.source for case in cases if case.source is not None]
     for name, table in (("plain", None), ("scheduled", schedule)):
         if name == "plain" or schedule is not None:
-            images = task.images(dials, table)
-            columns[name] = list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+            columns[name] = to_pictures(task.images(dials, table))
     if schedule is not None and schedule.steps is not None:
         teach(task, dials, course_by_rule(loaded, LONG, "dpmpp_2m", "trailing", task.reach(dials)))
         assert task.teacher is not None
-        columns[f"plain, {LONG} calls"] = list((task.teacher * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        columns[f"plain, {LONG} calls"] = to_pictures(task.teacher)
     if all(case.truth is not None for case in cases):
         columns["truth"] = [case.truth for case in cases if case.truth is not None]
     return image_grid(columns, out, [c.caption for c in cases])

@@ -30,6 +30,7 @@ from rwopt.search.identity import version, versions
 from rwopt.search.space import dial_box
 from rwopt.search.tuning import ArmTuner
 from rwopt.search.verdict import report_metrics, verdict
+from rwopt.tasks.pictures import to_pictures
 from rwopt.tracking import FanOut
 
 SHOWN = ("plain", "best solver", "best guidance", "analytic", "sampler dials", LEARNED)
@@ -89,8 +90,7 @@ def picture_grid(experiment: Experiment, arms: Mapping[str, Arm], path: Path, ro
     task = splits.prepare(chosen)
 
     def pictures(images: torch.Tensor) -> list[np.ndarray]:
-        first = images[:: settings.task.draws]
-        return list((first * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        return to_pictures(images[:: settings.task.draws])
 
     columns: dict[str, list[np.ndarray]] = {}
     if edit and task.references is not None:

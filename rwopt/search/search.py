@@ -59,7 +59,7 @@ class Search:
         self.tuner = ArmTuner(self.experiment, folder, progress, fingerprint(settings, model))
         self.probing = Probing(self.experiment, folder)
         self._check()
-        write_text(folder / "cases.txt", self.digest)
+        self._check_cases()
         if not stored.exists():
             write_text(folder / NAME, run_name(folder) + "\n")
             write_text(stored, text)
@@ -77,11 +77,16 @@ class Search:
         list_sites(model.unet, settings.weights.kinds)
         least = settings.dials.strength_bounds[0] if settings.task.name == "editing" else 1.0
         course_by_rule(model, settings.task.steps, settings.task.sampler, settings.task.grid, least)
+
+    def _check_cases(self) -> None:
+        """That they are those with which the run began."""
         cases = [case for split in SPLITS for case in self.experiment.splits.cases(split)]
         kept, found = self.folder / "cases.txt", digest(cases) + "\n"
-        if kept.exists() and kept.read_text() != found:
-            raise UserError(f"task.cases={settings.task.cases} has changed since {self.folder} began: use a new folder")
-        self.digest = found
+        if not kept.exists():
+            write_text(kept, found)
+        elif kept.read_text() != found:
+            place = self.settings.task.cases
+            raise UserError(f"task.cases={place} has changed since {self.folder} began: use a new folder")
 
     @property
     def evaluations(self) -> int:
@@ -135,19 +140,21 @@ class Search:
 
     def solvers(self, steps: int | None = None) -> dict[str, Schedule]:
         """The recipe's plain samplers on its grids, those that allow `steps` calls (default: `task.steps`)."""
-        wanted, model = self.settings.steps, self.experiment.model
-        sites, out = tuple(s.id for s in list_sites(model.unet, self.settings.weights.kinds)), {}
-        for sampler in wanted.samplers:
-            for grid in wanted.grids:
-                try:
-                    course = course_by_rule(
-                        model, steps or self.settings.task.steps, sampler, grid, self._reach(self.experiment.base)
-                    )
-                except UserError:  # a list of levels has one length
-                    continue
-                plan = Steps(sampler, course.sigmas)
-                out[f"{sampler}, {grid}"] = Schedule.constant(sites, course.sigmas, steps=plan)
-        return out
+        wanted, steps = self.settings.steps, steps or self.settings.task.steps
+        names = [f"{sampler}, {grid}" for sampler in wanted.samplers for grid in wanted.grids]
+        found = {name: self.solver(name, steps) for name in names}
+        return {name: schedule for name, schedule in found.items() if schedule is not None}
+
+    def solver(self, name: str, steps: int) -> Schedule | None:
+        """The plain model on a sampler and grid, "ddim, karras"; None where the grid has no `steps` calls."""
+        sampler, _, grid = name.partition(", ")
+        model, reach = self.experiment.model, self._reach(self.experiment.base)
+        try:
+            sigmas = course_by_rule(model, steps, sampler, grid, reach).sigmas
+        except UserError:  # a list of levels has one length
+            return None
+        sites = [s.id for s in list_sites(model.unet, self.settings.weights.kinds)]
+        return Schedule.constant(sites, sigmas, steps=Steps(sampler, sigmas))
 
     def _published(self, spec: ArmSpec, dials: Arm) -> Arm:
         schedule, price = self.probing.published(spec.published)
@@ -207,7 +214,7 @@ class Search:
         calls, metrics = self.settings.task.steps, list(self.settings.objective.report)
         plain = {calls: self.tuner.test(solver, metrics).values[OBJECTIVE]}
         for more in range(calls + 1, 3 * calls + 1):
-            schedule = self.solvers(more).get(solver.choice["best"])
+            schedule = self.solver(solver.choice["best"], more)
             if schedule is not None:
                 arm = Arm(f"best solver, {more} calls", self.experiment.base, schedule)
                 plain[more] = self.tuner.test(arm, metrics).values[OBJECTIVE]

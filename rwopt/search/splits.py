@@ -67,7 +67,7 @@ class Splits:
 
     def price(self, *tasks: Task) -> int:
         """U-Net calls that the teachers of some tasks took, now or in an earlier run, each teacher once."""
-        return sum(self.teacher_calls.get(key, 0) for key in {self._key(task) for task in tasks})
+        return sum(self.teacher_calls.get(key, 0) for key in {task.teacher_key for task in tasks})
 
     def _key(self, task: Task) -> str:
         """Of a task's teacher: what it depends on."""
@@ -77,7 +77,8 @@ class Splits:
 
     def _teach(self, task: Task) -> None:
         """Give a task its teacher, from `keep` if it was made before for the same cases, dials and settings."""
-        wanted, dials, key, before = self.settings.teacher, self.base, self._key(task), self.model.calls
+        wanted, dials, before = self.settings.teacher, self.base, self.model.calls
+        key = task.teacher_key = self._key(task)
         file = None if self.keep is None else self.keep / f"{key}.safetensors"
         course = course_by_rule(self.model, wanted.steps, wanted.sampler, wanted.grid, task.reach(dials))
         self.teacher_calls[key] = teach(task, dials, course, file)

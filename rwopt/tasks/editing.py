@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,16 +20,9 @@ from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import condition
 from rwopt.sampling.sample import invert
 from rwopt.tasks.cases import Case, fit_cases
+from rwopt.tasks.pictures import to_tensor
 from rwopt.tasks.task import Dials, Task
 from rwopt.unet.attachment import Attachment
-
-
-def to_tensor(pictures: Sequence[np.ndarray | None]) -> Tensor | None:
-    """uint8 [H, W, 3] each to float [N, 3, H, W] in [0, 1]; None if one is missing."""
-    if any(p is None for p in pictures):
-        return None
-    stacked = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
-    return stacked.permute(0, 3, 1, 2).float() / 255
 
 
 class Editing(Task):
@@ -75,8 +67,7 @@ class Editing(Task):
 
     def start(self, attachment: Attachment, dials: Dials, course: Course, rows: slice) -> Tensor:
         if self.method == "sdedit":
-            signal, noise = float(course.levels.signal[0]), float(course.levels.noise[0])
-            return signal * self.latents[rows] + noise * self.noise[rows]
+            return course.noised(0, self.latents[rows], self.noise[rows])
         key = course.sigmas, course.told
         if key not in self._inverted:  # once for each course: it depends on no weights
             parts = []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rwopt.errors import UserError, one_of
 
@@ -64,3 +67,16 @@ def fit_picture(picture: np.ndarray, size: tuple[int, int], how: str = "crop") -
     image, wanted, smooth = Image.fromarray(picture), (size[1], size[0]), Image.Resampling.LANCZOS
     fitted = ImageOps.fit(image, wanted, smooth) if how == "crop" else ImageOps.pad(image, wanted, smooth, "white")
     return np.asarray(fitted), f"{width} x {height}, {done}"
+
+
+def to_tensor(pictures: Sequence[np.ndarray | None]) -> Tensor | None:
+    """uint8 [H, W, 3] each to float [N, 3, H, W] in [0, 1]; None if one is missing."""
+    if any(p is None for p in pictures):
+        return None
+    stacked = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
+    return stacked.permute(0, 3, 1, 2).float() / 255
+
+
+def to_pictures(images: Tensor) -> list[np.ndarray]:
+    """Float [N, 3, H, W] in [0, 1] to uint8 [H, W, 3] each."""
+    return list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())

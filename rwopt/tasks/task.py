@@ -60,6 +60,7 @@ class Task(ABC):
         self.references: Tensor | None = None
         self.teacher: Tensor | None = None  # pictures [N, 3, H, W] of `rwopt.tasks.teacher`, and their latents
         self.teacher_latents: Tensor | None = None
+        self.teacher_key = ""  # which teacher it is, for whoever keeps them
         self._fresh: Tensor | None = None
 
     def __len__(self) -> int:
@@ -157,11 +158,12 @@ class Task(ABC):
                 if own is not None:
                     own.remove()
         ends = [torch.cat(parts) for parts in out]
-        return [self.describe(self._decoded(latents), latents) for latents in ends]
+        return [self.describe(self.decoded(latents), latents) for latents in ends]
 
     @torch.no_grad()
-    def _decoded(self, latents: Tensor) -> Tensor:
-        return torch.cat([self.model.decode(part) for part in torch.split(latents, self.batch)])
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Pictures [n, 3, H, W] of clean latents, no more at once than share a U-Net call."""
+        return self.model.decode(latents, self.batch)
 
     def describe(self, images: Tensor, latents: Tensor | None = None) -> Batch:
         """The pictures, and the latents that they were decoded from, with what is known of their cases."""

@@ -47,6 +47,5 @@ def teach(task: Task, dials: Dials, course: Course, file: Path | None = None) ->
         if file is not None:
             write_bytes(file, save({"latents": latents}, {"calls": str(calls)}))
     task.teacher_latents = latents.to(task.model.device)
-    with torch.no_grad():
-        task.teacher = task.model.decode(task.teacher_latents)
+    task.teacher = task.decoded(task.teacher_latents)
     return calls

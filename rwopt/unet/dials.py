@@ -108,7 +108,7 @@ def _check_scheduler(steps: Steps, scheduler: Any) -> None:
     import diffusers
 
     kind, options = _stock(steps.sampler)[0]
-    if not SAMPLERS[steps.sampler].takes and steps.sampler not in _STEPS_LIKE:
+    if not SAMPLERS[steps.sampler].takes_grid and steps.sampler not in _STEPS_LIKE:
         raise UserError(f"steps.sampler is {steps.sampler}, and {kind} takes no grid from a pipeline: {_WITHOUT}")
     has = type(scheduler).__name__
     config = scheduler.config

@@ -16,7 +16,6 @@ from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.sampling.course import Course, course_at, course_by_rule
 from rwopt.sampling.denoise import Condition, clean_in, condition, guide, noise_in, predict
-from rwopt.sampling.noise import add_noise
 from rwopt.sampling.sample import advance, invert, sample
 from rwopt.schedule.weights import hat
 from rwopt.unet.attachment import Attachment
@@ -109,7 +108,7 @@ def test_a_step_and_noise_equal_the_scheduler(tiny_unet: Any, kind: str) -> None
     got, _ = advance(model, course_at(model, [599, 399]), 0, out, Condition(x), x, ())
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(
-        add_noise(model, x, out, 700), model.scheduler.add_noise(x, out, torch.tensor([700, 700]))
+        course_at(model, [700]).noised(0, x, out), model.scheduler.add_noise(x, out, torch.tensor([700, 700]))
     )
 
 

@@ -46,14 +46,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> config.Settings:
     return config.load("editing", [*SETTINGS, f"model.name={model}"])
 
 
-@pytest.fixture(scope="module")
-def finished(settings: config.Settings, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(run folder, search, report) of a search that went through."""
-    folder = tmp_path_factory.mktemp("search") / "run"
-    search = Search(settings, folder, Silent())
-    return folder, search, search.run(COMMAND)
-
-
 def arm(folder: Path, name: str) -> Arm:
     return Arm.load(folder / "arms" / f"{name}.json")
 
