@@ -9,28 +9,31 @@ the scale (LCM's) parts them before the call.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from rwopt.models import Model
 from rwopt.sampling.course import Course
-from rwopt.sampling.denoise import Condition, Row, Sided, predict, told_scale
-from rwopt.sampling.sample import Weights, advance
+from rwopt.sampling.denoise import Condition, Row, Sided, told_scale
+from rwopt.sampling.sample import Plan, Weights, advance, plan_of
 from rwopt.sampling.solvers import Memory, Number
+from rwopt.schedule.actions import Actions
+from rwopt.unet.actions import Past, joined, parted
 from rwopt.unet.attachment import Attachment
 
 
 @dataclass
 class Branch:
-    """Candidates (their numbers) that are still one: latents [N, C, h, w], their weights [S] of the next call, and what
-    the solver remembers."""
+    """Candidates (their numbers) that are still one: latents [N, C, h, w], their weights [S] of the next call, what the
+    solver remembers, and what is stored of earlier calls."""
 
     latents: Tensor
     members: list[int]
     weights: Row | None = None
     memory: Memory = ()
+    past: Past = field(default_factory=Past)
 
 
 @torch.no_grad()
@@ -42,13 +45,16 @@ def sample_batched(
     course: Course,
     candidates: Sequence[tuple[float, Weights | None]],
     batch: int = 64,
+    actions: Actions | None = None,
 ) -> list[Tensor]:
     """Clean latents [N, C, h, w] of each candidate (guidance scale, weights) from `x` [N, C, h, w] at the first level.
 
     batch: pictures that one U-Net call may hold; it takes N at least. `cond.guidance` is not looked at; all scales have
     effect, if `cond` has negative rows and the course no guidance of its own. A candidate gets what `sample` gives it
-    alone: to the bit if `batch` < 2 N, else within float error, as other batch sizes round differently.
+    alone: to the bit if `batch` < 2 N, else within float error, as other batch sizes round differently. actions: what
+    each call computes, for all candidates; None: everything.
     """
+    plan = plan_of(attachment, actions)
     branches = [Branch(x, list(range(len(candidates))))]
     scales = [scale if course.guidance is None else 0.0 for scale, _ in candidates]
     told = model.guidance_width is not None
@@ -56,41 +62,44 @@ def sample_batched(
         rows = [None if weights is None else weights(sigma) for _, weights in candidates]
         keys = [(_bits(row), scale if told else None) for row, scale in zip(rows, scales, strict=True)]
         parted = [
-            Branch(b.latents, group, rows[group[0]], b.memory) for b in branches for group in _alike(b.members, keys)
-        ]
+            Branch(b.latents, group, rows[group[0]], b.memory, b.past)
+            for b in branches for group in _alike(b.members, keys)
+        ]  # fmt: skip
         branches = []
         for group in _alike(range(len(parted)), [b.weights is None for b in parted]):
             for part in _cut([parted[k] for k in group], max(1, batch // len(x))):
                 heard = [scales[b.members[0]] if course.guidance is None else course.guidance[i] for b in part]
-                outs = _call(model, attachment, part, cond, course.told[i], heard)
-                for branch, out in zip(part, outs, strict=True):
+                outs = _call(model, attachment, plan, part, cond, course.told[i], heard, sigma)
+                for branch, (out, past) in zip(part, outs, strict=True):
                     for members in _alike(branch.members, scales):
                         own = replace(cond, guidance=scales[members[0]])
                         end, memory = advance(model, course, i, out, own, branch.latents, branch.memory)
-                        branches.append(Branch(end, members, memory=memory))
+                        branches.append(Branch(end, members, memory=memory, past=past))
     ends = {member: branch.latents for branch in branches for member in branch.members}
     return [ends[i] for i in range(len(candidates))]
 
 
 def _call(
-    model: Model, attachment: Attachment, part: Sequence[Branch], cond: Condition, t: Number, scales: Sequence[Number]
-) -> list[Tensor]:
-    """`predict` for several branches at once: the raw output of each, its negative rows first.
+    model: Model, attachment: Attachment, plan: Plan, part: Sequence[Branch], cond: Condition, t: Number,
+    scales: Sequence[Number], sigma: float,
+) -> list[tuple[Tensor, Past]]:  # fmt: skip
+    """`Plan.call` for several branches at once: of each the raw output, its negative rows first, and its past.
 
     scales: guidance of each, for a U-Net that is told it."""
-    n, size = len(part), len(part[0].latents)
+    n, size, guided = len(part), len(part[0].latents), cond.negative is not None
     if n == 1:
         own = told_scale(model, cond, scales[0])
-        return [predict(model, attachment, part[0].latents, t, own, part[0].weights)]
+        return [plan.call(model, attachment, part[0].latents, t, own, part[0].weights, part[0].past, sigma)]
     own = replace(cond.times(n), guidance=torch.tensor([float(s) for s in scales]).repeat_interleave(size))
-    out = predict(
+    out, past = plan.call(
         model, attachment, torch.cat([b.latents for b in part]), t, own,
         _stacked([b.weights for b in part if b.weights is not None], size),
+        joined([b.past for b in part], guided), sigma,
     )  # fmt: skip
-    pieces = torch.split(out, size)
-    if cond.negative is None:
-        return list(pieces)
-    return [torch.cat(pair) for pair in zip(pieces[:n], pieces[n:], strict=True)]
+    pieces = list(torch.split(out, size))
+    if guided:
+        pieces = [torch.cat(pair) for pair in zip(pieces[:n], pieces[n:], strict=True)]
+    return list(zip(pieces, parted(past, n, guided), strict=True))
 
 
 def _stacked(weights: Sequence[Row], size: int) -> Row | None:

@@ -7,7 +7,7 @@ tuner evaluates many at once. Steps from one noise level to the next: `rwopt.sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from rwopt.models import Model
 from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition, Row, clean_in, guide, noise_in, predict, told_scale
-from rwopt.sampling.solvers import Memory
+from rwopt.sampling.solvers import Memory, Number
+from rwopt.schedule.actions import Actions
+from rwopt.unet.actions import Acts, Line, Past, Texts
+from rwopt.unet.actions_patterns import Place
 from rwopt.unet.attachment import Attachment
 
 Weights = Callable[[float], Row | None]  # sigma -> [S], [N, S], two sides of guidance, or None (plain)
@@ -24,6 +27,42 @@ Weights = Callable[[float], Row | None]  # sigma -> [S], [N, S], two sides of gu
 
 class Callback(Protocol):
     def __call__(self, i: int, x: Tensor) -> None: ...
+
+
+class Plan(NamedTuple):
+    """Of one run: what its calls compute, and the text's keys and values, made once; see `plan_of`."""
+
+    acts: Acts | None
+    texts: Texts
+
+    def call(
+        self, model: Model, attachment: Attachment, x: Tensor, t: Number, cond: Condition, row: Row | None,
+        past: Past, sigma: float,
+    ) -> tuple[Tensor, Past]:  # fmt: skip
+        """`predict` at VE sigma with what is stored of earlier calls: raw output, and the past of the next call.
+
+        A call whose whole output is stored asks no U-Net, and is none in `Model.calls`.
+        """
+        if self.acts is None:
+            return predict(model, attachment, x, t, cond, row), past
+        past, frame = self.acts.frame(past, sigma, cond.negative is not None, self.texts)
+        if "output" in frame.given:
+            return frame.given["output"].value(0), self.acts.after(past, frame, sigma)
+        out = predict(model, attachment.with_frame(frame), x, t, cond, row)
+        if "output" in frame.keep:
+            frame.taken[Place("output")] = out
+        return out, self.acts.after(past, frame, sigma)
+
+    def stored(self, past: Past, sigma: float, guided: bool) -> Line | None:
+        """The whole output of a call at VE sigma, if it is one that asks no U-Net."""
+        return None if self.acts is None else self.acts.frame(past, sigma, guided)[1].given.get("output")
+
+
+def plan_of(attachment: Attachment, actions: Actions | None = None) -> Plan:
+    """For one run of one condition. `actions`: None computes everything, but for keys and values of the text, which
+    are made once a run (equal to the last bit). What only looks like an attachment has nothing to store."""
+    acts = attachment.acts(actions, texts=True) if isinstance(attachment, Attachment) else None
+    return Plan(acts, Texts(vouched=True))
 
 
 def advance(
@@ -46,12 +85,15 @@ def sample(
     weights: Weights | None = None,
     grad: bool = False,
     callback: Callback | None = None,
+    actions: Actions | None = None,
 ) -> Tensor:
     """Run from `x` [N, C, h, w] at the course's first level to clean latents [N, C, h, w].
 
     `grad=True` keeps the gradient with respect to `x`, the text and the weights; each step is checkpointed and its
-    weights and the solver's memory are arguments of the re-run part. `callback` sees `x` before each step.
+    weights, the solver's memory and what is stored of earlier calls are arguments of the re-run part. `callback` sees
+    `x` before each step. actions: what each call computes; None: everything.
     """
+    plan, past = plan_of(attachment, actions), Past()
     memory: Memory = ()
     with torch.set_grad_enabled(grad):
         for i, sigma in enumerate(course.sigmas):
@@ -59,12 +101,15 @@ def sample(
                 callback(i=i, x=x)
             row = None if weights is None else weights(sigma)
 
-            def step(x: Tensor, row: Row | None, memory: Memory, i: int = i) -> tuple[Tensor, Memory]:
+            def step(
+                x: Tensor, row: Row | None, memory: Memory, past: Past, i: int = i, sigma: float = sigma
+            ) -> tuple[Tensor, Memory, Past]:
                 own = told_scale(model, cond, course.scale_at(i))
-                out = predict(model, attachment, x, course.told[i], own, row)
-                return advance(model, course, i, out, cond, x, memory)
+                out, past = plan.call(model, attachment, x, course.told[i], own, row, past, sigma)
+                return *advance(model, course, i, out, cond, x, memory), past
 
-            x, memory = checkpoint(step, x, row, memory, use_reentrant=False) if grad else step(x, row, memory)
+            given = x, row, memory, past
+            x, memory, past = checkpoint(step, *given, use_reentrant=False) if grad else step(*given)
     return x
 
 

@@ -21,7 +21,7 @@ from rwopt.errors import UserError
 from rwopt.schedule.noise import noise_table
 
 FORMAT = "rwopt.schedule"
-VERSION = "1.2"  # 1.1: noise.train_sigma, noise.timestep "flow"; 1.2: steps
+VERSION = "1.3"  # 1.1: noise.train_sigma, noise.timestep "flow"; 1.2: steps; 1.3: actions
 LIMIT = 2_000_000
 """Bytes of a file. A thousand noise levels of two hundred sites take less."""
 LARGEST = 1e30

@@ -22,7 +22,9 @@ from numpy.typing import ArrayLike
 
 from rwopt.errors import UserError
 from rwopt.files import write_text
+from rwopt.schedule.actions import Actions, actions_of
 from rwopt.schedule.document import FORMAT, LARGEST, LIMIT, VERSION, brief, check, read_document, schema
+from rwopt.schedule.hub import Hub
 from rwopt.schedule.noise import Array, noise_table, timestep_of
 from rwopt.schedule.steps import Steps, steps_of
 
@@ -35,7 +37,7 @@ _KNOT_TOLERANCE = 1e-3  # in ln sigma, a third of one training timestep: files m
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(Hub):
     """Weights [K, S]: K noise levels x S sites. Raises UserError naming the field, the value and the remedy.
 
     sites: S ids as in `rwopt.list_sites`, each once.
@@ -47,6 +49,7 @@ class Schedule:
     extra: the file's own `x-...` entries, kept.
     cfg_branch: the rows of guidance that it holds for, both, cond or uncond.
     steps: dials of the sampler that belong to the weights, or None: `rwopt.schedule.steps`.
+    actions: what each call computes and what it takes from earlier ones, or None: `rwopt.schedule.actions`.
     """
 
     sites: tuple[str, ...]
@@ -61,6 +64,7 @@ class Schedule:
     extra: Mapping[str, Any] = field(default_factory=dict)
     cfg_branch: str = "both"
     steps: Steps | None = None
+    actions: Actions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -128,11 +132,11 @@ class Schedule:
         return result
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what the schedule does, as saved: op, sites, noise, grid, weights, steps; no notes."""
+        """SHA-256 (hex) of what it does, as saved: op, sites, noise, grid, weights, steps, actions; no notes."""
         document = self.to_dict()
         core = {name: document.get(name) for name in ("op", "sites", "noise", "grid", "weights")}
-        if "steps" in document:  # left out otherwise, so that older files keep their digest
-            core["steps"] = document["steps"]
+        # left out if absent, so that older files keep their digest
+        core |= {name: document[name] for name in ("steps", "actions") if name in document}
         return hashlib.sha256(json.dumps(core, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -161,6 +165,7 @@ class Schedule:
             "grid": grid,
             "weights": [[float(f"{w:.6g}") for w in row] for row in self.weights.tolist()],
             **({} if self.steps is None else {"steps": self.steps.to_dict()}),
+            **({} if self.actions is None else {"actions": self.actions.to_dict()}),
             "calibrated": dict(self.calibrated),
             "provenance": dict(self.provenance),
             **self.extra,
@@ -200,6 +205,7 @@ class Schedule:
             extra={name: value for name, value in document.items() if name.startswith("x-")},
             cfg_branch=op.get("cfg_branch", "both"),
             steps=steps_of(document.get("steps")),
+            actions=actions_of(document.get("actions")),
         )
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -216,7 +222,9 @@ class Schedule:
         # A row of numbers on one line, so that a diff shows noise levels. (No JSON string holds a raw line
         # break.)
         text = re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda row: f"[{' '.join(row[1].split())}]", text)
-        if len(text) >= LIMIT:  # ASCII
+        if len(text) >= LIMIT:  # ASCII; deep notes indent into megabytes
+            text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+        if len(text) >= LIMIT:
             raise UserError(f"{path}: would be longer than {LIMIT // 1_000_000} MB: use fewer sites or levels")
         return write_text(path, text + "\n")
 

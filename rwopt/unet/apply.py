@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
+from rwopt.unet.actions_runs import ActingLookup
 from rwopt.unet.attachment import Attachment, outside_graphs
 from rwopt.unet.checkpointing import Call
 from rwopt.unet.lookup import Lookup, same_storage
@@ -48,6 +49,11 @@ class Handle:
                 f"not {len(schedule.sites)} in mode {schedule.mode}: apply it instead"
             )
         _check_one_tells(self.attachment.unet, self.target, schedule, self)
+        if schedule.actions is not None and not isinstance(self.lookup, ActingLookup):
+            raise UserError("this handle's schedule has no actions and the new one has: apply it instead")
+        if isinstance(self.lookup, ActingLookup):
+            self.lookup.check(self.target, schedule)
+            self.lookup.acts = self.attachment.acts(schedule.actions, self.lookup.texts)
         self.lookup.schedule = schedule
 
     @property
@@ -101,6 +107,8 @@ class Handle:
             whole = id(self.target) in memo  # the pipeline is being copied, or the target is the U-Net itself
             copied.target = memo[id(self.target)] if whole else attachment.unet
             copied.lookup = self.lookup.copied(copied.target, whole)
+            if isinstance(self.lookup, ActingLookup) and isinstance(copied.lookup, ActingLookup):
+                copied.lookup.acts = copy.deepcopy(self.lookup.acts, memo)
         return copied
 
     def __enter__(self) -> Handle:
@@ -120,17 +128,18 @@ class Weigh:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         x: Tensor = args[0] if args else kwargs["sample"]
         t = args[1] if len(args) > 1 else kwargs["timestep"]
-        given = self._given(module, x, t)
+        given = self._given(module, x, t, args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states"))
         return (args, {**kwargs, **given}) if given else None
 
     @eager
-    def _given(self, module: nn.Module, x: Tensor, t: Any) -> dict[str, Any]:
+    def _given(self, module: nn.Module, x: Tensor, t: Any, text: Tensor | None) -> dict[str, Any]:
         """For the hooks behind, by their keys: the weights, and where it is another the timestep to tell."""
         handle = self.handle
         lookup, attachment = handle.lookup, handle.attachment
         if lookup is None or attachment is None or handle.resting or not _mine(module, handle.target, t):
             return {}
-        given: dict[str, Any] = {attachment.key: lookup(x, t)}
+        weights = lookup.frame(x, t, text) if isinstance(lookup, ActingLookup) else lookup(x, t)
+        given: dict[str, Any] = {attachment.key: weights}
         told = lookup.told(x, t) if lookup.tells else None
         return given if told is None else {**given, _told_key(attachment): told}
 
@@ -154,7 +163,7 @@ def _told_key(attachment: Attachment) -> str:
     return f"{attachment.key}_told"
 
 
-def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
+def apply(target: Any, schedule: Schedule | str | Path | None, text_once: bool = False) -> Handle:
     """Put a schedule (or its file) on a diffusers pipeline or bare U-Net; None takes off all that was put on.
 
     Each U-Net call is weighed by the schedule at the VE sigma of its timestep, so any sampler, number of steps,
@@ -163,6 +172,10 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
     schedule can take the place of another one of the same sites and mode. Pipelines that share a U-Net, also in several
     threads, each see their own schedule; give each its own scheduler. The sampler's own dials that a schedule may have
     (`Schedule.steps`) are for the pipeline's call: `pipe(prompt, **handle.arguments)`.
+
+    What a schedule with actions stores belongs to one picture of one thread (`rwopt.unet.actions_runs`). Such a one
+    does not stack, and its U-Net cannot be compiled. text_once: make keys and values of the text once a picture, not in
+    each call; what comes out is the same to the last bit.
 
     Raises UserError if the schedule names sites that the U-Net lacks or was made for another class of U-Net (map it
     with `rwopt.map_schedule`), if no noise table is known, for a second schedule with `steps.told`, and for weights of
@@ -193,8 +206,16 @@ def apply(target: Any, schedule: Schedule | str | Path | None) -> Handle:
     for handle in _handles(bare):
         if handle.resting and handle._fits(schedule):
             return handle._taken_over(target, schedule)
-    lookup = Lookup(target, schedule)
+    acting = schedule.actions is not None or text_once
+    ActingLookup.check(target, schedule)
+    lookup = ActingLookup(target, schedule) if acting else Lookup(target, schedule)
     attachment = Attachment(unet, schedule.sites, schedule.mode)
+    if isinstance(lookup, ActingLookup):
+        try:
+            lookup.acts, lookup.texts = attachment.acts(schedule.actions, text_once), text_once
+        except UserError:
+            attachment.remove()
+            raise
     handle = Handle(attachment, target, lookup)
     # In front of the attachment's own hook, which takes the weights out of the call again.
     handle._hooks = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rwopt.errors import UserError
+from rwopt.schedule.actions import Actions
 from rwopt.schedule.schedule import MODES
+from rwopt.unet.actions import Acts, Frame
+from rwopt.unet.actions_hooks import Stage, check_alone
+from rwopt.unet.actions_patterns import Patterns
 from rwopt.unet.call import PLAIN, Plain, call_of
 from rwopt.unet.checkpointing import Call, close_parts, guard_blocks, guard_resnets, position
 from rwopt.unet.follow import Followed
@@ -50,6 +55,7 @@ class Attachment:
         around = _around(unet, found)
         if any(map(_is_compiled, around)):  # hooks in there would be ignored without a word
             raise UserError(_COMPILED)
+        check_alone(unet, (), "", acting=False)
 
         # Graphs are shared by all U-Nets of a class that look alike, and torch would not look at their hooks: that of a
         # plain U-Net would be used for one with weights.
@@ -58,6 +64,9 @@ class Attachment:
         self.sites = tuple(sites)
         self.mode = mode
         self.key = f"rwopt_weights_{uuid.uuid4().hex}"  # not id(self): hooks may outlive a dropped attachment
+        self.frame: Frame | None = None
+        """what the calls take from earlier ones, see `with_frame`"""
+        self._stage: Stage | None = None
         self._takes_text = position(unet, "encoder_hidden_states") is not None
         self._scope = scope = Scope(len(found))
         self._followed: list[Followed] = []
@@ -107,6 +116,8 @@ class Attachment:
         """
         if weights is not None:
             kwargs |= self.carry(weights, len(x))
+        if self.frame is not None:
+            kwargs[self.key] = self.frame.weighed(PLAIN if weights is None else call_of(weights))
         if self._takes_text:  # None is given on: Kandinsky's text comes with `added_cond_kwargs`
             kwargs["encoder_hidden_states"] = encoder_hidden_states
         output: Tensor = self.unet(x, t, **kwargs, return_dict=True).sample
@@ -122,6 +133,32 @@ class Attachment:
                 f"or [{rows}, {len(self.sites)}] (rows of the batch, sites)"
             )
         return {self.key: weights}
+
+    def acts(self, actions: Actions | None, texts: bool = False) -> Acts:
+        """Make ready for a plan; `Acts.frame` gives the frame of each call, `with_frame` brings it there.
+
+        texts: make also ready to keep what is made of the text. Actors and hooks stay until `remove`; calls without a
+        frame do not see them. Raises UserError for what this U-Net has not, for a compiled one, and, with a plan, for
+        another attachment on it, whose hooks would work on what a call leaves out.
+        """
+        if not self._hooks:
+            raise UserError("this attachment was removed from its U-Net: make a new one")
+        if actions is not None:
+            enters = [hook for hook in self.unet._forward_pre_hooks.values() if isinstance(hook, Enter)]
+            check_alone(self.unet, enters, self.key, acting=True)
+            if any(map(_is_compiled, self.unet.modules())):
+                raise UserError("actions and torch.compile do not go together: use the U-Net that is not compiled")
+        if self._stage is None:
+            self._stage = Stage(self.unet, self.key, self._scope, Patterns(self.unet, self.sites))
+        acts = Acts(self._stage.patterns, actions)
+        self._stage.prepare(actions, texts)
+        return acts
+
+    def with_frame(self, frame: Frame) -> Attachment:
+        """This attachment for one call, which takes, leaves out and keeps what `frame` says."""
+        view = copy.copy(self)
+        view.frame = frame
+        return view
 
     @property
     def compiled(self) -> bool:
@@ -139,6 +176,9 @@ class Attachment:
             hook.remove()
         for layer in self._followed:
             layer.remove()
+        if self._stage is not None:
+            self._stage.remove()
+            self._stage = None
         self._hooks.clear()
         self._followed.clear()
 
@@ -234,7 +274,10 @@ class Join:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         name = next((name for name in ("input_tensor", "hidden_states") if name in kwargs), "")
         x: Tensor = args[0] if args else kwargs[name]
-        x_new = weigh_join(x, self.stream, self.scope.read(x), self.columns)
+        call = self.scope.read(x)
+        if isinstance(call, Frame):
+            call = call.within(self.columns[0][1])  # the sites of a join are computed together
+        x_new = weigh_join(x, self.stream, call, self.columns)
         if x_new is None:
             return None
         return ((x_new, *args[1:]), kwargs) if args else (args, {**kwargs, name: x_new})

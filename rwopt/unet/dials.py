@@ -24,10 +24,10 @@ SAME_LEVEL = 1e-2
 
 _OFF = 0.25  # of a training timestep: further off, the noise table is another
 _FROM_NOISE = 0.9  # of the timesteps: a grid that starts lower is that of an edit
-_STEPS_LIKE = {"ddim": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 1})}
+STEPS_LIKE = {"ddim": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 1})}
 """Other classes that are the same solver, and take a grid where the sampler's own takes none."""
 
-_OPTIONS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "final_sigmas_type": "zero", "interpolation_type": "linear", "solver_type": "midpoint", "thresholding": False,
     "use_karras_sigmas": False, "use_lu_lambdas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
     "use_flow_sigmas": False,
@@ -38,11 +38,11 @@ Stock = tuple[str, Mapping[str, Any]]
 """A class of diffusers and options of its configuration."""
 
 
-def _stock(sampler: str) -> list[Stock]:
+def stock_of(sampler: str) -> list[Stock]:
     """The schedulers that step like a sampler, first one that takes a grid if there is one. UserError if unknown."""
     one_of(tuple(SAMPLERS), "steps.sampler", sampler)
     own = (SAMPLERS[sampler].scheduler, SAMPLERS[sampler].options)
-    return [_STEPS_LIKE[sampler], own] if sampler in _STEPS_LIKE else [own]
+    return [STEPS_LIKE[sampler], own] if sampler in STEPS_LIKE else [own]
 
 
 def same_grid(steps: Steps, sigmas: Array) -> bool:
@@ -56,7 +56,7 @@ def same_solver(steps: Steps, scheduler: Any) -> bool:
         return False
     return any(
         type(scheduler).__name__ == kind and all(scheduler.config.get(k) == v for k, v in options.items())
-        for kind, options in _stock(steps.sampler)
+        for kind, options in stock_of(steps.sampler)
     )
 
 
@@ -107,13 +107,13 @@ def _check_scheduler(steps: Steps, scheduler: Any) -> None:
     """UserError unless the scheduler takes the grid of `steps` and steps as it was made for."""
     import diffusers
 
-    kind, options = _stock(steps.sampler)[0]
-    if not SAMPLERS[steps.sampler].takes_grid and steps.sampler not in _STEPS_LIKE:
+    kind, options = stock_of(steps.sampler)[0]
+    if not SAMPLERS[steps.sampler].takes_grid and steps.sampler not in STEPS_LIKE:
         raise UserError(f"steps.sampler is {steps.sampler}, and {kind} takes no grid from a pipeline: {_WITHOUT}")
     has = type(scheduler).__name__
     config = scheduler.config
     known = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    wanted = {**options, **{name: value for name, value in _OPTIONS.items() if name in config and name in known}}
+    wanted = {**options, **{name: value for name, value in OPTIONS.items() if name in config and name in known}}
     # None stands for False; a scheduler of another class may have options that the right one would take over
     wrong = [name for name, value in wanted.items() if (config.get(name) or False) != (value or False)]
     leading = kind == "EulerDiscreteScheduler" and config.get("timestep_spacing") == "leading"

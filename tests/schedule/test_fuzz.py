@@ -1,6 +1,8 @@
 """Files of any content: each gives a schedule that can be saved and looked up, or one `UserError` of one line.
 
-Small mutations of good files, by seed. `RWOPT_FUZZ=100000` makes more of them than the 2000 of a usual run.
+Small mutations of good files, by seed: of bytes, structure, numbers, encodings and sizes; and odd paths. A usual run
+makes 800. `RWOPT_FUZZ=100000` makes that many, holds each to the limits of a quiet machine and prints what became of
+them (`pytest -s`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import random
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,21 @@ from rwopt.schedule import Schedule
 from rwopt.schedule.document import LIMIT
 from rwopt.schedule.steps import Steps
 
-COUNT = int(os.environ.get("RWOPT_FUZZ", "2000"))
+COUNT = int(os.environ.get("RWOPT_FUZZ", "800"))
 PARTS = 8  # as many tests, so that a failure says where it is
 FILES = Path(__file__).parent / "files"
 LONGEST = 500
-SECONDS = 2.0  # half of it on a quiet machine; shared cores take longer, in processor time too
+SECONDS = 1.0 if "RWOPT_FUZZ" in os.environ else 2.0  # shared cores take longer, in processor time too
 MEGABYTES = 200
+
+
+@pytest.fixture(autouse=True)
+def _frozen() -> Iterator[None]:
+    """What pytest holds is not to be looked through again and again on the files' account."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def base_documents() -> list[dict[str, Any]]:
@@ -171,13 +183,31 @@ def mutate_encoding(draw: random.Random) -> bytes:
     return text.replace(draw.choice(["1.0", "0.0", "1000", "3"]), number).encode()
 
 
-def mutate(seed: int) -> bytes:
+def mutate_size(draw: random.Random) -> bytes:
+    """Tables about as large as they may be, and larger."""
+    document = copy.deepcopy(BASES[1])
+    sites, levels = draw.choice([(1, 9_999), (1, 10_001), (1999, 90), (2001, 2), (600, 600), (40, 3000), (300, 1)])
+    weight = draw.choice([1, 0.5, 1.23456, -1e29, "1", None])
+    document["sites"] = [{"id": f"up_blocks.{i}.attentions.{i % 7}"} for i in range(sites + draw.choice([0, 0, 1]))]
+    document["grid"] = {"sigma": [levels + 1 - k for k in range(levels + draw.choice([0, 0, -1]))]}
+    document["weights"] = [[weight] * sites] * levels
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+KINDS = {mutate_structure: 600, mutate_bytes: 200, mutate_encoding: 200, mutate_size: 2}  # large ones take a second
+
+
+def kind_and_content(seed: int) -> tuple[str, bytes]:
     draw = random.Random(seed)
-    return draw.choice([mutate_structure, mutate_structure, mutate_structure, mutate_bytes, mutate_encoding])(draw)
+    (kind,) = draw.choices([*KINDS], [*KINDS.values()])
+    return kind.__name__.removeprefix("mutate_"), kind(draw)
 
 
-def calm(function: Callable[[], Any], more: int = 0) -> Any:
-    """What it gives, None if it refuses; fails unless it does so in time, in one line (and `more` characters)."""
+def calm(function: Callable[[], Any], more: int = 0, printable: bool = True) -> Any:
+    """What it gives, None if it refuses; fails unless it does so in time, in one line (and `more` characters).
+
+    printable: whether all of it is for a terminal; a path is the user's own, and is shown as it is.
+    """
     began, message = time.process_time(), ""  # of this process: the machine may be busy
     try:
         result = function()
@@ -185,7 +215,8 @@ def calm(function: Callable[[], Any], more: int = 0) -> Any:
         assert type(error) in (UserError, ValueError, json.JSONDecodeError, UnicodeDecodeError)  # noqa: PT017
         result, message = None, str(error)
     assert time.process_time() - began < SECONDS
-    assert message.isprintable()
+    assert message.isprintable() or not printable
+    assert "\n" not in message
     assert len(message) < LONGEST + more
     return result
 
@@ -205,6 +236,11 @@ def accepted(content: bytes, path: Path) -> bool:
     return True
 
 
+def check_memory(before: int) -> None:
+    """`before`: the most kilobytes that this process had so far."""
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1024
+
+
 def check_reader(content: bytes) -> None:
     """The standalone reader is as calm, if less strict."""
     table = calm(lambda: reader.parse(content))
@@ -215,18 +251,57 @@ def check_reader(content: bytes) -> None:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_mutated_files_are_schedules_or_refused_in_one_line(tmp_path: Path, part: int) -> None:
-    good = 0
+    counts: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in range(part, COUNT, PARTS):
-            content = mutate(seed)
+            kind, content = kind_and_content(seed)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:
-                good += accepted(content, tmp_path / "file.json")
+                counts[f"{kind} {'taken' if accepted(content, tmp_path / 'file.json') else 'refused'}"] += 1
                 check_reader(content)
+                check_memory(before)
             except BaseException as error:
                 error.add_note(f"seed {seed}")
                 raise
+    print(f"part {part}: {dict(sorted(counts.items()))}")
+    good = sum(count for name, count in counts.items() if name.endswith("taken"))
     assert 0.03 * COUNT / PARTS < good < 0.9 * COUNT / PARTS, "the mutations are too wild or too tame"
+
+
+PIECES = ["..", ".", "", "a" * 300, "~", "é", "\udcff", "%2e%2e", "$HOME", "*", "C:", "file.json", "file.json/x",
+          "nul\x00", "dev", "proc", "self", "mem", "\u202e", "-", "folder", "loop", "linked.json",
+          "x" * 4000]  # fmt: skip
+
+
+def odd_path(draw: random.Random, folder: Path) -> str:
+    pieces = "/".join(draw.choices(PIECES, k=draw.choice([1, 1, 2, 4, 40])))
+    return pieces if draw.random() < 0.2 else f"{folder}/{pieces}"
+
+
+def test_odd_paths_are_a_file_or_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.json").write_text(json.dumps(BASES[0]))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "linked.json").symlink_to("file.json")
+    good = Schedule.load(tmp_path / "file.json")
+    taken = 0
+    for seed in range(max(100, COUNT // 20)):
+        name = odd_path(random.Random(seed), tmp_path)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            read = calm(lambda name=name: Schedule.load(name), len(name) + len(str(tmp_path)), printable=False)
+            assert read in (None, good)
+            taken += read is not None
+            check_memory(before)
+        except BaseException as error:
+            error.add_note(f"seed {seed}: {name[:200]!r}")
+            raise
+    for name in ("/dev/null", "/dev/zero", "/proc/self/cmdline", str(tmp_path)):
+        assert calm(lambda name=name: Schedule.load(name)) is None
+    assert taken
+    print(f"paths: {taken} taken")
 
 
 def document(**changes: Any) -> str:
@@ -270,15 +345,10 @@ def test_large_files_take_little_time_and_memory(tmp_path: Path, name: str) -> N
     path = tmp_path / "file.json"
     path.write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gc.collect()
-    gc.freeze()  # what pytest holds is not to be looked through again and again on the file's account
-    try:
-        schedule = calm(lambda: Schedule.load(path), len(str(path)))
-    finally:
-        gc.unfreeze()
+    schedule = calm(lambda: Schedule.load(path), len(str(path)))
     assert schedule is None or np.isfinite(schedule.at(1.0)).all()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1024
     check_reader(content)
+    check_memory(before)
 
 
 def test_what_rounding_would_lose_is_kept(tmp_path: Path) -> None:
