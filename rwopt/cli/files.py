@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwopt.cli.screen import quiet
+from rwopt.errors import UserError
+
+if TYPE_CHECKING:
+    from rwopt.schedule import Schedule
+
+_LARGEST = 12  # differences that are listed
 
 
 def show(args: argparse.Namespace) -> None:
+    """`rwopt show FILE`, or `rwopt show FILE OTHER` for what differs."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -17,6 +26,9 @@ def show(args: argparse.Namespace) -> None:
     from rwopt.schedule import Schedule
 
     schedule = Schedule.load(args.schedule)
+    if getattr(args, "other", None):
+        show_difference(schedule, Schedule.load(args.other), (args.schedule.stem, args.other.stem), args.png)
+        return
     console = Console()
     for name in ("model", "noise", "calibrated", "provenance"):
         about = escape(text(getattr(schedule, name))) or "-"  # escaped: an override may hold [self,ff]
@@ -41,6 +53,52 @@ def show(args: argparse.Namespace) -> None:
         from rwopt.report import schedule_heatmap
 
         print(schedule_heatmap(schedule, args.png))
+
+
+def show_difference(a: Schedule, b: Schedule, names: tuple[str, str], png: Path | None) -> None:
+    """The largest differences of two schedules by site and level, and with `png` both and their difference."""
+    from dataclasses import replace
+
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    if a.mode != b.mode:
+        raise UserError(f"op.mode is {a.mode} in one file and {b.mode} in the other: compare files of one mode")
+    common = [site for site in a.sites if site in b.sites]
+    if not common:
+        raise UserError(f"the files have no site in common ({a.sites[0]} and {b.sites[0]}, ...): compare others")
+    levels = np.unique(np.append(a.sigmas, b.sigmas))[::-1]
+    both = [s.at(levels)[:, [s.sites.index(site) for site in common]] for s in (a, b)]  # [K, S] each
+    first, second = names if names[0] != names[1] else (f"{names[0]} (1)", f"{names[1]} (2)")
+    change = both[1] - both[0]
+    alone = [f"{len(s.sites) - len(common)} more in {name}" for s, name in ((a, first), (b, second))]
+    differ = [name for name in ("interp", "cfg_branch", "steps") if getattr(a, name) != getattr(b, name)]
+    console = Console()
+    console.print(f"{len(common)} sites in common ({', '.join(alone)}), at the {len(levels)} noise levels of both")
+    if differ:
+        console.print(f"also different: {', '.join(differ)}")
+    if not change.any():
+        console.print("all weights are the same")
+    else:
+        mean = np.abs(change).mean()
+        table = Table(title=f"largest differences; the mean of all is {mean:.4g}")
+        for heading in ("site", "σ", first, second, "difference"):
+            table.add_column(heading, justify="left" if heading == "site" else "right", overflow="fold")
+        order = np.argsort(-np.abs(change), axis=None, kind="stable")[:_LARGEST]
+        for k, s in zip(*np.unravel_index(order, change.shape), strict=True):
+            if change[k, s]:
+                values = (both[0][k, s], both[1][k, s])
+                table.add_row(common[s], f"{levels[k]:.4g}", *(f"{v:.4g}" for v in values), f"{change[k, s]:+.4g}")
+        console.print(table)
+    if png:
+        from rwopt.report import schedule_heatmap
+
+        drawn = {first: both[0], second: both[1], "1 + difference": 1 + change}
+        panels = {
+            name: replace(a, sites=tuple(common), sigmas=levels, weights=weights) for name, weights in drawn.items()
+        }
+        print(schedule_heatmap(panels, png))
 
 
 def text(value: object) -> str:

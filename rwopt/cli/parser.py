@@ -86,6 +86,8 @@ def parser() -> Parser:
 
     show = verb("show", "print a schedule file: sites, noise levels, weights, where it comes from")
     show.add_argument("schedule", type=Path, metavar="schedule.json", help="schedule file")
+    about = "a second file: list what differs"
+    show.add_argument("other", nargs="?", type=Path, metavar="other.json", help=about)
     show.add_argument("--png", type=Path, metavar="FILE.png", help="also draw it")
 
     to = verb("export", "write a schedule for another tool", "targets, and their options: docs/export.md")
@@ -100,6 +102,9 @@ def parser() -> Parser:
 
     sites = verb("sites", "list where weights can act on a model, with the names that other tools use")
     sites.add_argument("model", help="avatars, a diffusers folder or a hub id; only its configuration is read")
+
+    one = verb("objectives", "list rewards and metrics, what they need, and what of it is missing here")
+    one.add_argument("name", nargs="?", metavar="NAME", help="all about one, also about path/to/file.py:function")
 
     verb("recipes", "list the recipes that ship with rwopt")
     return top

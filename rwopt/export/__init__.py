@@ -4,7 +4,7 @@ A target is a module with
 
     ABOUT   one line: what it writes and who reads that
     NEEDS   one line: what the host must have, and what it cannot express
-    FOLDER  whether `place` is a folder (else a file)
+    FOLDER  whether `place` is a folder (else a file); None: a file if it is called .safetensors
     export(schedule, place, *, option=default, ...) -> list of the files written
 
 It is entered in `TARGETS` and called through `export` here, which checks the name, the options and the place. Options
@@ -18,6 +18,7 @@ names the site or feature: nothing is left out. What nodes and scripts need of a
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,15 @@ TARGETS = {
     "diffusers": "rwopt.export.diffusers_folder",
     "fold": "rwopt.export.fold",
     "lora-block-weight": "rwopt.export.block_weight",
+    "onnx": "rwopt.export.onnx_graph",
+    "openvino": "rwopt.export.openvino_graph",
     "safetensors": "rwopt.export.tensors",
     "webui": "rwopt.export.webui",
 }
 """Name -> module."""
+
+WHOLE = ("csv", "safetensors")
+"""Targets that hold all of a schedule. No other one can do what its `actions` say."""
 
 MARKER = ".rwopt-export"
 """A file in every folder that an export wrote; it holds the target's name."""
@@ -57,8 +63,8 @@ def target(name: str) -> Any:
     return import_module(TARGETS[name])
 
 
-def export(schedule: Schedule, to: str, place: str | Path, **options: Any) -> list[Path]:
-    """Write `schedule` for the host tool `to` at `place`; the files written.
+def export(schedule: Schedule, to: str, place: str | Path, *, actions: bool = True, **options: Any) -> list[Path]:
+    """Write `schedule` for the host tool `to` at `place`; the files written. actions=False leaves its actions behind.
 
     `place` is a file or a folder (`target(to).FOLDER`); an export of the same target that is there is replaced, any
     other content is refused. Raises UserError for an unknown target or option, for a place that cannot be written, and
@@ -66,8 +72,13 @@ def export(schedule: Schedule, to: str, place: str | Path, **options: Any) -> li
     """
     module, place = target(to), Path(place)
     _check_options(to, module.export, options)
+    if not actions:
+        schedule = replace(schedule, actions=None)
+    elif schedule.actions is not None and to not in WHOLE:
+        raise UserError(f"the schedule has actions, which {to} cannot express: give actions=false to leave them behind")
+    folder = place.suffix != ".safetensors" if module.FOLDER is None else module.FOLDER
     try:
-        if module.FOLDER:
+        if folder:
             _check_folder(place, to)
             write_text(place / MARKER, f"{to}\n")
         else:

@@ -81,6 +81,7 @@ def merge(a: Schedule, b: Schedule, share: float = 0.5) -> Schedule:
         ("op.cfg_branch", a.cfg_branch, b.cfg_branch),
         ("grid.interp", a.interp, b.interp),
         ("steps", a.steps, b.steps),
+        ("actions", a.actions, b.actions),
         ("noise.timestep", a.noise.get("timestep", "index"), b.noise.get("timestep", "index")),
     ):
         if one != other:

@@ -1,4 +1,4 @@
-"""Weights baked into the network: a U-Net folder that any tool loads, at no cost a call.
+"""Weights baked into the network, which any tool loads, at no cost a call: a U-Net folder, or one file of LDM's layout.
 
 A branch that ends in a linear layer is weighed by that layer: `x + w (A h + b) = x + ((w A) h + w b)`. So mode residual
 with one weight a site (all levels alike, or the one level of a one-step model) is exact: `proj_out` of transformers,
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rwopt.errors import UserError
-from rwopt.export.plain import one_row
+from rwopt.export.checkpoint import SUFFIX, fold_file
+from rwopt.export.plain import one_row, write_folder
 from rwopt.schedule import Schedule
 from rwopt.unet.sites import BRANCHES, Site, blocks_of, find_sites
 
-ABOUT = "a diffusers U-Net folder with the weights multiplied into its layers"
-NEEDS = "unet=FOLDER of the U-Net or pipeline; one weight a site for all noise levels (or at=SIGMA), in mode residual"
-FOLDER = True
+ABOUT = "a U-Net folder of diffusers, or a .safetensors checkpoint, with the weights multiplied into its layers"
+NEEDS = "unet=FOLDER or FILE.safetensors; one weight a site for all noise levels (or at=SIGMA), in mode residual"
+FOLDER = None
 
 
 def export(
@@ -28,13 +28,18 @@ def export(
 ) -> list[Path]:
     """Write the changed U-Net as `save_pretrained` does, and the schedule beside it; the files written.
 
-    unet: a live U-Net (or pipeline), which stays as it is, or a folder; at: the VE sigma whose weights are taken;
-    steps=False leaves the schedule's steps behind. UserError for weights that change with the level, mode output, sites
-    without a last linear layer, and layers that are wrapped (LoRA) or quantized.
+    unet: a live U-Net (or pipeline), which stays as it is, or a folder; or a .safetensors checkpoint of LDM's layout,
+    and then `place` is one, too. at: the VE sigma whose weights are taken; steps=False leaves the schedule's steps
+    behind. UserError for weights that change with the level, mode output, sites without a last linear layer, and layers
+    that are wrapped (LoRA) or quantized.
     """
     row = one_row(schedule, "a folded U-Net", at, steps)
     if schedule.mode != "residual":
         raise UserError(f"op.mode is {schedule.mode!r} at site {schedule.sites[0]}: only residual can be folded")
+    if isinstance(unet, str | os.PathLike) and (Path(unet).is_file() or Path(unet).suffix == SUFFIX):
+        return fold_file(schedule, row.tolist(), Path(unet), place)
+    if place.suffix == SUFFIX:
+        raise UserError(f"out={place}: is a single file, which is made of one: give unet=FILE{SUFFIX}, or a folder")
     whole = network(unet)
     sites = find_sites(whole, schedule.sites)
     for site in sites:
@@ -43,15 +48,12 @@ def export(
     for site, weight in zip(sites, row.tolist(), strict=True):
         for layer in _layers(folded, site):
             _scale(layer, weight)
-    place.mkdir(parents=True, exist_ok=True)
-    written = []
-    with tempfile.TemporaryDirectory(dir=place, prefix=".rwopt") as folder:  # whole files only, under their names
+
+    def fill(folder: Path) -> None:
         folded.save_pretrained(folder)
-        schedule.save(Path(folder) / "rwopt-schedule.json")
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, place / file.name)
-            written.append(place / file.name)
-    return written
+        schedule.save(folder / "rwopt-schedule.json")
+
+    return write_folder(place, fill)
 
 
 def network(source: Any) -> Any:

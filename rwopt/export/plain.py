@@ -1,8 +1,11 @@
-"""What several targets ask: other tools' names of a schedule's sites, its one row of weights, a foreign file's text."""
+"""What several targets ask: other tools' names of a schedule's sites, its one row of weights, a foreign file's text,
+and a folder that is written whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rwopt.errors import UserError
@@ -47,6 +50,18 @@ def read_text(path: str | Path, most: int, what: str) -> str:
         return content.decode("utf-8-sig")
     except ValueError:
         raise UserError(f"{path}: is no text in UTF-8: give {what}") from None
+
+
+def write_folder(place: Path, fill: Callable[[Path], object]) -> list[Path]:
+    """The files that `fill` writes into the folder that it is given, moved to `place` once all of them are there."""
+    place.mkdir(parents=True, exist_ok=True)
+    written = []
+    with tempfile.TemporaryDirectory(dir=place, prefix=".rwopt") as folder:
+        fill(Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, place / file.name)
+            written.append(place / file.name)
+    return written
 
 
 def one_row(schedule: Schedule, host: str, at: float | None, steps: bool) -> Array:

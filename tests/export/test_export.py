@@ -12,7 +12,9 @@ import pytest
 
 from rwopt.errors import UserError
 from rwopt.export import MARKER, TARGETS, export, target, targets
+from rwopt.export.imports import read_foreign
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import Actions
 from rwopt.schedule.document import LIMIT
 from rwopt.schedule.steps import Steps
 
@@ -31,7 +33,7 @@ def test_every_target_is_as_the_contract_says() -> None:
         for text in (module.ABOUT, module.NEEDS):
             assert text
             assert "\n" not in text
-        assert isinstance(module.FOLDER, bool)
+        assert module.FOLDER in (True, False, None)
         assert module.__doc__
 
 
@@ -72,9 +74,20 @@ def test_folders_with_other_things_stay(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a file, and diffusers is a folder"):
         export(some(), "diffusers", place / "README.md")
     other = tmp_path / "other"
-    with pytest.raises(UserError, match="has steps"):
-        export(some(steps=Steps("ddim", (9, 1))), "diffusers", other)
+    with pytest.raises(UserError, match="takes no grid"):
+        export(some(steps=Steps("uni_pc", (9, 1))), "diffusers", other)
     assert not other.exists()
+
+
+def test_actions_are_refused_or_left_behind(tmp_path: Path) -> None:
+    acting = some(actions=Actions.along([9, 0.7], "Fh"))
+    with pytest.raises(UserError, match="has actions, which diffusers cannot express: give actions=false"):
+        export(acting, "diffusers", tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+    export(acting, "diffusers", tmp_path / "a", actions=False)
+    assert Schedule.load(tmp_path / "a" / "schedule.json") == some()
+    export(acting, "csv", tmp_path / "a.csv")
+    assert read_foreign(tmp_path / "a.csv") == acting
 
 
 @pytest.mark.parametrize("name", ["csv", "diffusers", "lora-block-weight", "safetensors"])

@@ -29,7 +29,8 @@ from rwopt.errors import UserError
 from rwopt.export import export, reader
 from rwopt.export.diffusers_folder import code
 from rwopt.export.fold import network
-from rwopt.schedule import Schedule
+from rwopt.schedule import Schedule, noise_block
+from rwopt.schedule.noise import sigma_of
 from rwopt.schedule.steps import Steps
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
@@ -90,8 +91,8 @@ def test_hooks_without_rwopt_make_the_same_pictures(tmp_path: Path, kinds: Any, 
 
 
 def test_the_exported_file_needs_no_rwopt_and_is_short(tmp_path: Path) -> None:
-    text = code()
-    assert len(text.splitlines()) <= 200
+    text = code({})
+    assert len(text.splitlines()) <= 260
     assert text.startswith(reader.source())
     names = {n.module or "" for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)}
     names |= {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
@@ -102,6 +103,42 @@ def test_the_exported_file_needs_no_rwopt_and_is_short(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", probe], cwd=tmp_path / "out", check=True)
 
 
+STEPS = {"ddim": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler", "lcm": "LCMScheduler",
+         "dpmpp_2m": "DPMSolverMultistepScheduler", "tcd": "TCDScheduler"}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", STEPS)
+def test_steps_without_rwopt_are_those_of_apply(tmp_path: Path, sampler: str) -> None:
+    """Grid, told levels and guidance of each call, by the README's own lines."""
+    pipe = build(StableDiffusionPipeline, make("sd").unet)
+    levels = sigma_of(pipe.scheduler.alphas_cumprod.numpy())
+    guidance = (6.0, 3.0, 2.0, 1.5) if sampler != "tcd" else ()
+    told = tuple(levels[[999, 720, 420, 90]]) if sampler != "lcm" else ()
+    steps = Steps(sampler, tuple(levels[[999, 700, 400, 100]]), told, guidance)
+    schedule = random_schedule(pipe.unet, ("transformer",), noise=noise_block(pipe.scheduler), steps=steps)
+    export(schedule, "diffusers", tmp_path / "out")
+    module = loaded(tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"need another sampler: pipe.scheduler = {STEPS[sampler]}.from_config"):
+        module.apply(pipe, str(tmp_path / "out" / "schedule.json"))
+    readme = (tmp_path / "out" / "README.md").read_text()
+    lines = [line.strip() for line in readme.splitlines() if "Sampler" in line]
+    assert len(lines) == 2
+    exec("\n".join(lines), {"pipe": pipe})
+    assert type(pipe.scheduler).__name__ == STEPS[sampler]
+    call = {key: value for key, value in words().items() if key != "num_inference_steps"}
+    with apply(pipe, tmp_path / "out" / "schedule.json") as handle:  # its numbers are rounded
+        expected = run(pipe, {**call, **handle.arguments})
+    plain = run(pipe, words(steps=4))
+    hooks = module.apply(pipe, str(tmp_path / "out" / "schedule.json"))
+    got = run(pipe, {**call, **hooks.arguments})
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(got, plain, atol=1e-3)
+    with pytest.warns(UserWarning, match=r"other steps than the file: call it with \*\*hooks"):
+        run(pipe, words(steps=3))
+    hooks.remove()
+    assert not hooks_of(pipe.unet)
+
+
 def test_what_the_hooks_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     unet = make_tiny_unet()
     site = ["mid_block.attentions.0"]
@@ -110,7 +147,7 @@ def test_what_the_hooks_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         (Schedule.constant([f"{site[0]}.cross"], [1.0], mode="output"), "mid_block.attentions.0.cross has no mode"),
         (Schedule.constant(site, [1.0], cfg_branch="cond"), "op.cfg_branch is 'cond'"),
         (Schedule.constant(site, [1.0], noise={"timestep": "edm"}), "noise.timestep is 'edm'"),
-        (Schedule.constant(site, [1.0], steps=Steps("ddim", (1,))), "has steps.*steps=false"),
+        (Schedule.constant(site, [1.0], steps=Steps("uni_pc", (1,))), "takes no grid from a.* give steps=false"),
     ):
         with pytest.raises(UserError, match=says):
             export(schedule, "diffusers", tmp_path / "out")
