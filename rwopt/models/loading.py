@@ -1,8 +1,9 @@
 """A frozen model from a diffusers folder, a hub id or a single file, ready for a search.
 
-Stable Diffusion 1.x and 2.x, Stable Diffusion XL, their distilled kin (Turbo, Lightning, Hyper, LCM) and pruned ones
-(SSD-1B): whatever a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` runs with a plain `UNet2DConditionModel`.
-What a folder or file holds is found out from its configuration and names before any weights are read.
+Stable Diffusion 1.x and 2.x, Stable Diffusion XL, their distilled kin (Turbo, Lightning, Hyper, LCM), pruned ones
+(SSD-1B), and those made for edits (inpainting, InstructPix2Pix): all with a plain `UNet2DConditionModel`, which a
+`StableDiffusionPipeline`, a `StableDiffusionXLPipeline` or their kin for edits runs. What a folder or file holds is
+found out from its configuration and names before any weights are read.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from rwopt.errors import UserError, check, one_of
 from rwopt.models.addons import add_embeddings, add_loras, other_vae
+from rwopt.models.channels import check_channels
 from rwopt.models.formats import FORMATS, auto_vae_format, has_bf16
 from rwopt.models.model import Model, latent_size, vae_factor
 from rwopt.models.quiet import quiet
@@ -28,10 +30,14 @@ EMBEDDED = Path(__file__).parent / "avatars"
 _KINDS = {
     SD: SD,
     "StableDiffusionImg2ImgPipeline": SD,
+    "StableDiffusionInpaintPipeline": SD,
+    "StableDiffusionInstructPix2PixPipeline": SD,
     "LatentConsistencyModelPipeline": SD,
     "LatentConsistencyModelImg2ImgPipeline": SD,
     XL: XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
+    "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusionXLInstructPix2PixPipeline": XL,
 }
 _ONLY = "search, sample and edit take Stable Diffusion 1.x, 2.x, XL and what was distilled from them"
 
@@ -52,6 +58,7 @@ def load_model(
     clip_skip: int = 0,
     negative: str = "",
     size: Sequence[int] | None = None,
+    method: str = "",
 ) -> Model:
     """Load a frozen model.
 
@@ -68,6 +75,8 @@ def load_model(
     inversions (file, folder or hub id); a file that names no word is called by its own name. clip_skip: layers at the
     end of the text encoders to leave out, 0 for none (A1111 and ComfyUI count from 1). negative: negative prompt.
     size: height and width of pictures in pixels, multiples of the VAE's factor and of 8; None: the model's own.
+    method: what it is for, a key of `rwopt.models.channels.EXTRA`, so that another kind of model is refused before its
+    weights are read; "": anything.
     Raises `UserError` for what cannot be opened or is no model of these kinds, for add-ons that do not fit, and for a
     device, number format, switch or size that does not exist.
     """
@@ -85,7 +94,7 @@ def load_model(
     bf16 = has_bf16(device)
     unet_format = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float32")
     # LoRAs are added to whole numbers: half precision would lose small ones
-    pipe = _opened(name, torch.float32 if loras else unet_format, revision, variant, config, vae)
+    pipe = _opened(name, torch.float32 if loras else unet_format, revision, variant, config, vae, method)
     _check_noise(name, pipe.scheduler)
     add_embeddings(pipe, embeddings)
     add_loras(pipe, loras or {})
@@ -119,16 +128,16 @@ def load_model(
     )  # fmt: skip
 
 
-def _opened(name: str, unet: torch.dtype, revision: str, variant: str, config: str, vae: str) -> Any:
+def _opened(name: str, unet: torch.dtype, revision: str, variant: str, config: str, vae: str, method: str) -> Any:
     """The pipeline of a folder, hub id or file."""
     place = str(EMBEDDED) if name == "avatars" else str(Path(name).expanduser()) if name.startswith("~") else name
     if is_file_name(place):
         kind, network = kind_of_file(name, place)
-        _check_parts(name, network)
+        check_channels(name, network["in_channels"], network["latent_channels"], method)
         with _told(name, "give model.config, a diffusers folder or hub id of the same architecture"):
             return open_file(place, kind, config, other_vae(vae, config))
     with _told(name, "give a diffusers folder, a .safetensors file or 'avatars'"):
-        kind = _kind_of(name, place, revision)
+        kind = _kind_of(name, place, revision, method)
         return _open(place, kind, unet, revision, variant, other_vae(vae, place))
 
 
@@ -150,9 +159,9 @@ class _told:
             raise UserError(f"model.name={self.name} cannot be opened ({first}): {self.remedy}") from None
 
 
-def _kind_of(name: str, place: str, revision: str) -> str:
-    """Class of the pipeline that runs a folder or hub id. Raises `UserError` for those of other kinds; reads no
-    weights."""
+def _kind_of(name: str, place: str, revision: str, method: str) -> str:
+    """Class of the pipeline that runs a folder or hub id. Raises `UserError` for those of other kinds, and for what
+    `method` is not for; reads no weights."""
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
     given = {"revision": revision} if revision else {}
@@ -164,23 +173,15 @@ def _kind_of(name: str, place: str, revision: str) -> str:
         raise UserError(f"model.name={name} is a {said}: {_ONLY}; rwopt.apply takes more")
     if index.get("requires_aesthetics_score"):
         raise UserError(f"model.name={name} is an SDXL refiner: {_ONLY}, so give its base model")
+    if index.get("is_cosxl_edit"):
+        raise UserError(f"model.name={name} is a CosXL edit model: {_ONLY}; rwopt.apply takes more")
     parts = {part: (index.get(part) or (None, None))[1] for part in ("unet", "vae", "text_encoder")}
     if parts["unet"] not in (None, "UNet2DConditionModel"):
         raise UserError(f"model.name={name} has a {parts['unet']}: {_ONLY}")
     unet = UNet2DConditionModel.load_config(place, subfolder="unet", **given)
     latents = AutoencoderKL.load_config(place, subfolder="vae", **given).get("latent_channels", 4)
-    _check_parts(name, {"in_channels": unet.get("in_channels", 4), "latent_channels": latents})
+    check_channels(name, unet.get("in_channels", 4), latents, method)
     return _KINDS[said]
-
-
-def _check_parts(name: str, network: Mapping[str, int]) -> None:
-    channels, latents = network["in_channels"], network["latent_channels"]
-    if channels != latents:
-        what = {9: "inpainting", 8: "InstructPix2Pix", 5: "depth-to-picture"}.get(channels, "another kind")
-        raise UserError(
-            f"model.name={name} has a U-Net of {channels} channels for latents of {latents} ({what}): models with "
-            "further inputs are not searched, rwopt.apply takes them"
-        )
 
 
 def _open(place: str, kind: str, unet: torch.dtype, revision: str, variant: str, vae: Any) -> Any:

@@ -9,6 +9,7 @@ logarithm a row, no matrix of scores. Not counted: workspaces of cuDNN and cuBLA
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,19 @@ from rwopt.unet.attachment import Attachment
 
 LARGE = 4 * 2**20
 """From how many bytes of a `feature_map` on a decoder is large."""
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes that this process has held at its peak so far: of its tensors on a GPU, else all of it; 0 where a system
+    does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Live(TorchDispatchMode):

@@ -82,10 +82,16 @@ class Model:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
+        channels = self.unet.config.out_channels
         if self.size is None:
-            return (self.unet.config.in_channels, *latent_size(self.unet, self.vae))
+            return (channels, *latent_size(self.unet, self.vae))
         height, width = self.size
-        return self.unet.config.in_channels, height // self.factor, width // self.factor
+        return channels, height // self.factor, width // self.factor
+
+    @property
+    def extra_channels(self) -> int:
+        """Of the U-Net's input, beside the latents: `rwopt.models.channels`."""
+        return int(self.unet.config.in_channels - self.unet.config.out_channels)
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -140,13 +146,18 @@ class Model:
 
     def latents(self, images: Tensor) -> Tensor:
         """Scaled latents [N, C, h, w] of `images` [N, 3, H, W] in [0, 1] (the posterior's mean, no sampling)."""
-        with torch.no_grad():
-            found = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype))
-            # the small autoencoder (TAESD) has latents in the place of a distribution
-            mean = (found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents).float()
-            centre, scale = self._scaling(mean)
-            latents: Tensor = (mean - centre) * scale
-            return latents
+        mean = self.encoded(images)
+        centre, scale = self._scaling(mean)
+        latents: Tensor = (mean - centre) * scale
+        return latents
+
+    @torch.no_grad()
+    def encoded(self, images: Tensor) -> Tensor:
+        """What the VAE itself gives, unscaled [N, C, h, w]: the mean of its posterior."""
+        found = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype))
+        # the small autoencoder (TAESD) has latents in the place of a distribution
+        mean: Tensor = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+        return mean.float()
 
     def _scaling(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Centre and scale between what the VAE gives, z, and scaled latents: (z - centre) scale."""
@@ -191,11 +202,12 @@ class Model:
     def row_bytes(self, sites: tuple[str, ...], mode: str, x: torch.Size, text: torch.Size) -> float:
         """Bytes that each row of a U-Net call with weights at `sites`, and of its backward pass, takes; found once.
 
-        x: shape [C, h, w] of a row's input; text: [L, D].
+        x: shape [C, h, w] of a row's latents; text: [L, D].
         """
         key = (sites, mode, x, text)
         if key not in self._row_bytes:
-            self._row_bytes[key] = call_bytes(self.unet, sites, mode, (2, *x), (2, *text)) / 2
+            given = (2, x[0] + self.extra_channels, *x[1:])
+            self._row_bytes[key] = call_bytes(self.unet, sites, mode, given, (2, *text)) / 2
         return self._row_bytes[key]
 
     def card(self) -> dict[str, Any]:

@@ -24,9 +24,11 @@ from rwopt.models.formats import in_range
 from rwopt.models.memory import checkpointed_blocks
 from rwopt.sampling import GRADIENTS
 from rwopt.sampling.course import Course
-from rwopt.sampling.denoise import Condition, Row, Sided, predict, told_scale
-from rwopt.sampling.sample import Weights, advance
+from rwopt.sampling.denoise import Condition, Row, Sided, told_scale
+from rwopt.sampling.sample import Plan, Weights, advance, plan_of
 from rwopt.sampling.solvers import Memory
+from rwopt.schedule.actions import Actions
+from rwopt.unet.actions import Past
 from rwopt.unet.attachment import Attachment
 
 ROOM = 2 * 2**30  # bytes of activations that a computer without a GPU may be asked for
@@ -73,6 +75,7 @@ def unroll(
     weights: Weights,
     path: GradientPath,
     offset: int = 0,
+    actions: Actions | None = None,
 ) -> Tensor:
     """`sample` with gradient along `path`: clean latents [N, C, h, w], bit-equal to what it gives.
 
@@ -82,42 +85,63 @@ def unroll(
     U-Net's own checkpointing is on in these steps, and `CROWD` pictures at most share a call, so that memory does not
     grow with N; the latents are then `sample`'s within float error, as other batch sizes round differently. Levels,
     told timesteps and guidance of the course may need a gradient like the weights.
+
+    actions: what each call computes; None: everything. A stored output enters behind the U-Net, as a multistep solver's
+    memory does, and always keeps its gradient; all else that is stored is an input of a call, so `detached` has no
+    path through it. float16 with another path than `detached` is refused there: each call has its own gradient's scale.
     """
+    inside = [a for a in actions.patterns if a.kind not in ("full", "output")] if actions is not None else []
+    if inside and model.dtype == torch.float16 and path.mode != "detached":
+        raise UserError(
+            f"model.dtype=float16 has no gradient through what action {inside[0].kind} stores: use bfloat16, float32, "
+            "or gradient.mode=detached"
+        )
     crowded, kept = is_crowded(model, attachment, x, cond), keeps_activations(model, attachment, x, cond, len(course))
     parts = [slice(i, i + CROWD) for i in range(0, len(x), CROWD)] if crowded else [slice(None)]
+    guided = cond.negative is not None
+    plans, pasts = [plan_of(attachment, actions) for _ in parts], [Past() for _ in parts]
     memory: Memory = ()
     for i, sigma in enumerate(course.sigmas):
         row = weights(sigma)
         call = told_scale(model, cond, course.scale_at(i))
+        free = plans[0].stored(pasts[0], sigma, guided) is not None
 
         def step(
-            x: Tensor, row: Row | None, cond: Condition, memory: Memory, part: slice, i: int = i
-        ) -> tuple[Tensor, Memory]:
+            x: Tensor, row: Row | None, cond: Condition, memory: Memory, past: Past, plan: Plan, part: slice,
+            i: int = i, sigma: float = sigma,
+        ) -> tuple[Tensor, Memory, Past]:  # fmt: skip
             seen = x.detach() if path.mode == "detached" else x
             if isinstance(row, Sided):
-                row = row.rows(len(x), cond.negative is not None)
+                row = row.rows(len(x), guided)
+            after: list[Past] = []
 
             def network(x: Tensor, row: Tensor | None, t: Tensor | None, scale: Tensor | None) -> Tensor:
                 told = course.told[i] if t is None else t
-                return predict(model, attachment, x, told, told_scale(model, cond, scale), row)
+                heard = told_scale(model, cond, scale)
+                out, new = plan.call(model, attachment, x, told, heard, row, past, sigma)
+                after.append(new.detached() if path.mode == "detached" else new)
+                return out
 
             dials = (v if isinstance(v, Tensor) else None for v in (course.told[i], cond.guidance))
             with checkpointed_blocks(model.unet) if crowded else nullcontext():
                 out = in_range(network, model.dtype, seen, row, *dials)
-            return advance(model, course, i, out, cond, x, memory, part)
+            return *advance(model, course, i, out, cond, x, memory, part), after[0]
 
-        if path.trains(i, len(course), offset):
+        if free or path.trains(i, len(course), offset):
             ends = []
-            for p in parts:
-                given = x[p], _part(row, p), call.rows(p), tuple(m[p] for m in memory), p
-                ends.append(step(*given) if kept else checkpoint(step, *given, use_reentrant=False))
-            x = torch.cat([end for end, _ in ends])
-            memory = tuple(torch.cat(m) for m in zip(*(memory for _, memory in ends), strict=True))
+            for p, plan, past in zip(parts, plans, pasts, strict=True):
+                given = x[p], _part(row, p), call.rows(p), tuple(m[p] for m in memory), past, plan, p
+                ends.append(step(*given) if kept or free else checkpoint(step, *given, use_reentrant=False))
+            x = torch.cat([end for end, _, _ in ends])
+            memory = tuple(torch.cat(m) for m in zip(*(memory for _, memory, _ in ends), strict=True))
+            pasts = [past for _, _, past in ends]
         else:
             with torch.no_grad():
-                outs = [
-                    predict(model, attachment, x[p], course.told[i], call.rows(p), _part(row, p)) for p in parts
+                calls = [
+                    plan.call(model, attachment, x[p], course.told[i], call.rows(p), _part(row, p), past, sigma)
+                    for p, plan, past in zip(parts, plans, pasts, strict=True)
                 ]
+                outs, pasts = [out for out, _ in calls], [past for _, past in calls]
                 out = outs[0]
                 if len(outs) > 1:  # both sides of guidance apart, as the sampler expects them
                     sides = [out.chunk(1 if cond.negative is None else 2) for out in outs]
@@ -146,7 +170,7 @@ def keeps_activations(model: Model, attachment: Attachment, x: Tensor, cond: Con
 
 def _call_bytes(model: Model, attachment: Attachment, x: Tensor, cond: Condition) -> float:
     """What a U-Net call with all pictures `x` and its backward pass take."""
-    rows = x.shape[0] * (1 if cond.negative is None else 2)
+    rows = x.shape[0] * cond.each
     return rows * model.row_bytes(attachment.sites, attachment.mode, x.shape[1:], cond.positive.shape[1:])
 
 

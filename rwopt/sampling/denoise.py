@@ -5,7 +5,11 @@ Classifier-free guidance (Ho & Salimans, 2022, arXiv 2207.12598) mixes two of th
 
     out = out(x_t, negative) + scale (out(x_t, positive) - out(x_t, negative)) ,
 
-and from the mix come the clean picture and the noise that it takes `x_t` to be made of.
+and from the mix come the clean picture and the noise that it takes `x_t` to be made of. A U-Net that is shown a picture
+beside x_t, c_I, is guided towards it as well (Brooks et al., 2023, arXiv 2211.09800, equation 3):
+
+    out = out(x_t, 0, negative) + scale_I (out(x_t, c_I, negative) - out(x_t, 0, negative))
+                                + scale   (out(x_t, c_I, positive) - out(x_t, c_I, negative)) .
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ class Condition:
     `guidance` is one scale or one a picture [N]. With `negative`, a U-Net call has 2N rows: negative, then positive.
     A U-Net that is told the scale (`Model.guidance_width`) has no negative rows, and is told this one.
     added, added_negative: what the U-Net takes beside the embeddings (`Model.added`), each [N, ...], of the two sides.
+    extra: what it takes beside the latents [N, E, h, w], as further channels of each row. image_guidance: the scale by
+    which guidance follows `extra`; a call then has a third row for a picture, with zeros in its place. None: no third.
     """
 
     positive: Tensor
@@ -38,6 +44,13 @@ class Condition:
     guidance: float | Tensor = 1.0
     added: Mapping[str, Tensor] = field(default_factory=dict)
     added_negative: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Tensor | None = None
+    image_guidance: float | None = None
+
+    @property
+    def each(self) -> int:
+        """Rows of a U-Net call for a picture: 1; 2 with guidance; 3 with that towards a picture, too."""
+        return 1 if self.negative is None else 2 if self.image_guidance is None else 3
 
     def rows(self, index: slice) -> Condition:
         """The condition of some of the pictures."""
@@ -58,6 +71,8 @@ class Condition:
             part(self.guidance) if isinstance(self.guidance, Tensor) and self.guidance.ndim else self.guidance,
             {name: part(x) for name, x in self.added.items()},
             {name: part(x) for name, x in self.added_negative.items()},
+            None if self.extra is None else part(self.extra),
+            self.image_guidance,
         )
 
 
@@ -94,7 +109,10 @@ def guidance_embedding(scale: float | Tensor, rows: int, width: int) -> Tensor:
 
 
 class Sided(NamedTuple):
-    """Weights of one call that differ between the two sides of guidance, each [S] or [N, S]."""
+    """Weights of one call that differ between the two sides of guidance, each [S] or [N, S].
+
+    A row without the words is on the negative side, also where it has the picture.
+    """
 
     negative: Tensor
     positive: Tensor
@@ -115,6 +133,7 @@ def predict(
 ) -> Tensor:
     """One U-Net call that is told timestep `t`: raw output [2N, C, h, w] (negative, positive) if guided, else [N, ...].
 
+    Of three rows for a picture two are made, whose mix by the scale of the words (`guide`) is that of all three.
     Float32, or float64 from a float64 U-Net.
     `weights`: [S], [N, S] (a picture's row serves both its halves), [2N, S], `Sided`, or None for the plain model; best
     on the CPU where they need no gradient (`Attachment`).
@@ -122,12 +141,20 @@ def predict(
     model.calls += 1
     if isinstance(weights, Sided):
         weights = weights.rows(len(x), cond.negative is not None)
-    text, added = cond.positive, dict(cond.added)
+    text, added, n = cond.positive, dict(cond.added), len(x)
     if cond.negative is not None:
-        x, text = torch.cat([x, x]), torch.cat([cond.negative, cond.positive])
-        added = {name: torch.cat([cond.added_negative[name], own]) for name, own in added.items()}
-        if weights is not None and weights.ndim == 2 and 2 * len(weights) == len(x):
-            weights = torch.cat([weights, weights])
+        others = cond.each - 1  # negative rows, before the positive one
+        x, text = torch.cat([x] * cond.each), torch.cat([cond.negative] * others + [cond.positive])
+        added = {name: torch.cat([cond.added_negative[name]] * others + [own]) for name, own in added.items()}
+        if weights is not None and weights.ndim == 2:
+            if len(weights) == n:
+                weights = torch.cat([weights, weights])
+            weights = torch.cat([weights[:n]] * others + [weights[n:]])
+    if cond.extra is not None:
+        extra = torch.cat([cond.extra] * cond.each)
+        if cond.each == 3:
+            extra[:n] = 0
+        x = torch.cat([x, extra.to(x)], 1)
     more: dict[str, Any] = {}
     if added:  # sizes keep their precision: half would round them
         pooled = {"text_embeds": added["text_embeds"].to(model.dtype)} if "text_embeds" in added else {}
@@ -135,7 +162,12 @@ def predict(
     if (width := model.guidance_width) is not None:
         more["timestep_cond"] = guidance_embedding(cond.guidance, len(x), width).to(x.device, model.dtype)
     out: Tensor = attachment(x.to(model.dtype), t, text.to(model.dtype), weights, **more)
-    return out.to(torch.promote_types(out.dtype, torch.float32))
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
+    if cond.each < 3 or cond.image_guidance is None:
+        return out
+    blank, shown, asked = out.chunk(3)
+    negative = blank + cond.image_guidance * (shown - blank)
+    return torch.cat([negative, negative + (asked - shown)])
 
 
 def guide(out: Tensor, cond: Condition, scale: float | Tensor | None = None) -> Tensor:

@@ -60,7 +60,9 @@ def update_memory(
         live.peak = weights = live.now
         table = torch.ones(steps, len(sites), requires_grad=True)
         text = torch.empty(pictures, tokens, fake.unet.config.cross_attention_dim)
-        cond = Condition(text, text if guided else None, 7.5)
+        beside = torch.empty(pictures, fake.extra_channels, *fake.latent_shape[1:])
+        shown = 1.5 if fake.extra_channels == fake.latent_shape[0] else None  # InstructPix2Pix: three rows a picture
+        cond = Condition(text, text if guided else None, 7.5, extra=beside, image_guidance=shown)
         course = course_at(fake, [len(noise.alphas_cumprod) * (steps - i) // (steps + 1) for i in range(steps)])
         rows = {sigma: i for i, sigma in enumerate(course.sigmas)}
         decoder = 0

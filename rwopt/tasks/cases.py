@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from rwopt.errors import UserError, one_of
-from rwopt.tasks.pictures import fit_picture, read_picture, what_is_done
+from rwopt.tasks.pictures import (
+    fit_mask,
+    fit_picture,
+    mask_of_runs,
+    read_mask,
+    read_picture,
+    transparent,
+    what_is_done,
+)
 from rwopt.tasks.sources import SPLITS, Entry, folder_of, has_split_files, read_entries
 
 __all__ = ["SHARES", "SPLITS", "Case", "digest", "fit_cases", "fit_picture", "load_cases", "notes", "read_picture"]
@@ -27,7 +35,8 @@ SHARES = (0.6, 0.2, 0.2)
 
 @dataclass
 class Case:
-    """One case. Pictures are uint8 [H, W, 3] or None. `done`: what was done to it on the way, for `notes`."""
+    """One case. Pictures are uint8 [H, W, 3] or None; mask: bool [H, W] of the source, true where an edit may paint, or
+    None. `done`: what was done to it on the way, for `notes`."""
 
     id: str
     caption: str
@@ -38,6 +47,7 @@ class Case:
     target: dict[str, str] = field(default_factory=dict)
     source: np.ndarray | None = None
     truth: np.ndarray | None = None
+    mask: np.ndarray | None = None
     done: list[str] = field(default_factory=list)
 
 
@@ -77,6 +87,8 @@ def load_cases(
             elif name in sheets and entry.cell is not None:
                 picture = _cell(sheets[name], entry.cell, f"{entry.where}: cell {entry.cell}", name)
             setattr(case, name, picture)
+        if task == "editing":
+            case.mask = _mask(entry, case.source)
         cases.append(case if size is None else fit_cases([case], size, fit)[0])
     return cases
 
@@ -91,6 +103,8 @@ def fit_cases(cases: Sequence[Case], size: tuple[int, int], how: str = "crop") -
                 done = f"{name} picture {what_is_done(picture.shape, size, how)}"
                 case = replace(case, done=[*case.done, done])
                 setattr(case, name, fit_picture(picture, size, how)[0])
+        if case.mask is not None and case.mask.shape != size:
+            case = replace(case, mask=fit_mask(case.mask, size, how))
         fitted.append(case)
     return fitted
 
@@ -110,6 +124,8 @@ def digest(cases: Sequence[Case]) -> str:
         total.update(json.dumps(texts, sort_keys=True).encode())
         for picture in (case.source, case.truth):
             total.update(b"none" if picture is None else repr(picture.shape).encode() + picture.tobytes())
+        if case.mask is not None:
+            total.update(repr(case.mask.shape).encode() + np.packbits(case.mask).tobytes())
     return total.hexdigest()
 
 
@@ -120,6 +136,24 @@ def _cell(sheet: np.ndarray, cell: int, where: str, name: str) -> np.ndarray:
     if cell < 0 or picture.shape != (64, 64, 3):
         raise UserError(f"{where} lies outside the sheet of {name} pictures")
     return picture
+
+
+def _mask(entry: Entry, source: np.ndarray | None) -> np.ndarray | None:
+    """Of an entry with that source picture: as given, else where the picture is transparent, else None."""
+    if entry.mask is None:
+        return None if entry.source is None else transparent(entry.source)
+    assert source is not None
+    height, width = source.shape[:2]
+    if isinstance(entry.mask, Path):
+        mask = read_mask(entry.mask)
+        if mask.shape != (height, width):
+            raise UserError(f"mask {entry.mask} is {mask.shape[1]} x {mask.shape[0]}, its picture {width} x {height}: "
+                            "give both the same size")  # fmt: skip
+        return mask
+    try:
+        return mask_of_runs(entry.mask, (height, width))
+    except ValueError as error:
+        raise UserError(f"{entry.where}: {error}: take the file as it was published") from None
 
 
 # --- splits

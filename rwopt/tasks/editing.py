@@ -1,4 +1,4 @@
-"""Edit a source picture towards a target caption: SDEdit, or DDIM inversion with the target prompt.
+"""Edit a source picture: what all methods share, and those that any model can do by a caption of what is wanted.
 
 SDEdit (Meng et al., 2022, arXiv 2108.01073) noises the source to `strength` and denoises with the target caption;
 inversion (Song et al., 2021) runs DDIM upwards with the source caption instead, which keeps more. Both take `steps`
@@ -7,7 +7,7 @@ calls from whatever strength (inversion as many again, once for each course, wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,16 @@ from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import condition
 from rwopt.sampling.sample import invert
 from rwopt.tasks.cases import Case, fit_cases
-from rwopt.tasks.pictures import to_tensor
+from rwopt.tasks.pictures import to_masks, to_tensor
 from rwopt.tasks.task import Dials, Task
 from rwopt.unet.attachment import Attachment
 
 
 class Editing(Task):
-    """`method` "sdedit" or "inversion"; every case needs a source picture.
+    """`method` "sdedit" or "inversion"; others are subclasses. Every case needs a source picture.
 
-    Pictures of another size than the model's are cut to their centre and scaled (`fit_cases`).
+    Pictures of another size than the model's are cut to their centre and scaled (`fit_cases`). masks: [N, 1, H, W] of 0
+    and 1, or None where a case has none; latents: of the sources, [N, C, h, w].
     """
 
     name = "editing"
@@ -43,8 +44,6 @@ class Editing(Task):
         **options: Any,
     ) -> None:
         super().__init__(model, fit_cases(cases, model.picture_size), steps, *args, **options)
-        if method not in ("sdedit", "inversion"):
-            raise UserError(f"task.method={method} is unknown: sdedit or inversion")
         self.method = method
         sources = to_tensor([c.source for c in self.cases])
         if sources is None:
@@ -53,10 +52,18 @@ class Editing(Task):
         self.references = sources.to(model.device)
         truths = to_tensor([c.truth for c in self.cases])
         self.truths = None if truths is None else truths.to(model.device)
-        self.latents = torch.cat(
-            [model.latents(self.references[i : i + self.batch]) for i in range(0, len(self), self.batch)]
-        )
+        masks = to_masks([c.mask for c in self.cases])
+        self.masks = None if masks is None else masks.to(model.device)
+        self.latents = self.in_parts(self.encode, self.references)
         self._inverted: dict[object, Tensor] = {}
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Latents [n, C, h, w] of pictures [n, 3, H, W] in [0, 1], as the method uses them."""
+        return self.model.latents(pictures)
+
+    def in_parts(self, make: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
+        """`make` of all pictures [N, ...], no more at once than share a U-Net call."""
+        return torch.cat([make(part) for part in torch.split(pictures, self.batch)])
 
     @property
     def calls(self) -> int:
@@ -80,5 +87,5 @@ class Editing(Task):
 
     def describe(self, images: Tensor, latents: Tensor | None = None) -> Batch:
         batch = super().describe(images, latents)
-        batch.truth = self.truths
+        batch.truth, batch.mask = self.truths, self.masks
         return batch

@@ -41,6 +41,28 @@ def read_picture(path: Path) -> np.ndarray:
         raise UserError(f"picture {path} cannot be read: give a PNG or JPEG file") from None
 
 
+def read_mask(path: Path) -> np.ndarray:
+    """bool [H, W], true where a mask picture is white (half of it or more): there an edit may paint."""
+    grey: np.ndarray = read_picture(path).mean(-1) >= 127.5
+    return grey
+
+
+def transparent(path: Path) -> np.ndarray | None:
+    """bool [H, W], true where a picture is transparent (half of it or more): there an edit may paint, as where a mask
+    is white. None for a picture without transparency."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            if "A" not in file.getbands() and "transparency" not in file.info:
+                return None
+            alpha = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"))[..., 3]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise UserError(f"picture {path} cannot be read: give a PNG or JPEG file") from None
+    hole: np.ndarray = alpha < 128
+    return hole if hole.any() else None
+
+
 def what_is_done(shape: tuple[int, ...], size: tuple[int, int], how: str = "crop") -> str:
     """What `fit_picture` does to a picture of this shape (height, width, ...); "" for nothing."""
     one_of(FITS, "task.fit", how)
@@ -67,6 +89,37 @@ def fit_picture(picture: np.ndarray, size: tuple[int, int], how: str = "crop") -
     image, wanted, smooth = Image.fromarray(picture), (size[1], size[0]), Image.Resampling.LANCZOS
     fitted = ImageOps.fit(image, wanted, smooth) if how == "crop" else ImageOps.pad(image, wanted, smooth, "white")
     return np.asarray(fitted), f"{width} x {height}, {done}"
+
+
+def fit_mask(mask: np.ndarray, size: tuple[int, int], how: str = "crop") -> np.ndarray:
+    """A mask bool [H, W] brought to `size` as `fit_picture` brings its picture; nothing is painted beside it."""
+    from PIL import Image, ImageOps
+
+    if not what_is_done(mask.shape, size, how):
+        return mask
+    image, wanted, nearest = Image.fromarray(mask.astype(np.uint8)), (size[1], size[0]), Image.Resampling.NEAREST
+    fitted = ImageOps.fit(image, wanted, nearest) if how == "crop" else ImageOps.pad(image, wanted, nearest, 0)
+    return np.asarray(fitted) > 0
+
+
+def mask_of_runs(runs: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
+    """A mask bool [H, W] of pairs (first, length) of runs that are true, in rows from left to right, as PIE-Bench has
+    them. Raises ValueError for runs that are none or lie outside."""
+    if len(runs) % 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in runs):
+        raise ValueError("mask is no list of pairs of whole numbers")
+    flat = np.zeros(shape[0] * shape[1], bool)
+    for first, length in zip(runs[::2], runs[1::2], strict=True):
+        if first >= len(flat):
+            raise ValueError(f"mask begins a run at {first}, outside of the picture")
+        flat[first : first + length] = True  # the last may be cut, as its authors' reader cuts it
+    return flat.reshape(shape)
+
+
+def to_masks(masks: Sequence[np.ndarray | None]) -> Tensor | None:
+    """bool [H, W] each to float [N, 1, H, W] of 0 and 1; None if one is missing."""
+    if any(m is None for m in masks):
+        return None
+    return torch.from_numpy(np.stack([np.asarray(m) for m in masks]))[:, None].float()
 
 
 def to_tensor(pictures: Sequence[np.ndarray | None]) -> Tensor | None:

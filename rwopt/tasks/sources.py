@@ -26,6 +26,9 @@ SHIPPED = ("avatars", "prompts")
 
 WANTED = "'avatars', 'prompts', a .txt, .csv or .jsonl file, a folder with train.jsonl or pictures, or PIE-Bench"
 
+MASK = ".mask"
+"""How the name of a mask ends, before .png."""
+
 PIE_KINDS = ("random", "object", "add", "delete", "content", "pose", "color", "material", "background", "style")
 """What the ten numbers of PIE-Bench's editing types mean (Ju et al., 2023, arXiv 2310.01506, section 5)."""
 
@@ -34,7 +37,8 @@ PIE_KINDS = ("random", "object", "add", "delete", "content", "pose", "color", "m
 class Entry:
     """One case before its pictures are read. `where` names it in messages; `split` and `task` are "" where not said.
 
-    cell: place in the sheets of its folder; about: the fields change, hidden and target, as they were given.
+    mask: a picture, or the runs of `pictures.mask_of_runs`. cell: place in the sheets of its folder. about: the fields
+    change, hidden and target, as they were given.
     """
 
     where: str
@@ -44,6 +48,7 @@ class Entry:
     kind: str = ""
     source: Path | None = None
     truth: Path | None = None
+    mask: Path | tuple[int, ...] | None = None
     cell: int | None = None
     split: str = ""
     task: str = ""
@@ -79,7 +84,7 @@ def read_entries(place: str, split: str, task: str, instruction: str = "") -> li
                         f"give {WANTED}")  # fmt: skip
     entries = [e for e in entries if e.task in ("", task)]
     if task == "generation":  # has no use for pictures, and what is one caption is one case
-        entries = [replace(e, source=None, truth=None) for e in entries]
+        entries = [replace(e, source=None, truth=None, mask=None) for e in entries]
     if not entries:
         raise UserError(f"task.cases={place} has no {task} cases; give {WANTED}")
     for entry in entries:
@@ -163,7 +168,7 @@ def _entry(
         if not isinstance(row, dict):
             raise ValueError("not a mapping of fields")
         texts = {name: _text(row, name) for name in ("id", "caption", "prompt", "source_caption", "kind", "task",
-                                                      "source_image", "truth_image", "split")}  # fmt: skip
+                                                      "source_image", "truth_image", "mask", "split")}  # fmt: skip
         caption = texts["caption"] or texts["prompt"]
         if not caption and instruction and (texts["source_image"] or "cell" in row):
             caption = _instructed(instruction, texts["source_caption"])
@@ -185,10 +190,12 @@ def _entry(
     named_split = split or texts["split"].lower()
     if named_split and named_split not in SPLITS:
         raise UserError(f"{where}: split {named_split} is unknown: write train, validation or test")
-    source, truth = (folder / texts[name] if texts[name] else None for name in ("source_image", "truth_image"))
+    source, truth, mask = (
+        folder / texts[name] if texts[name] else None for name in ("source_image", "truth_image", "mask")
+    )
     key = texts["id"] or _digest(caption, texts["source_caption"], texts["source_image"])
-    return Entry(where, key, caption, texts["source_caption"], texts["kind"], source, truth, cell, named_split,
-                 texts["task"], about)  # fmt: skip
+    return Entry(where, key, caption, texts["source_caption"], texts["kind"], source, truth, mask, cell,
+                 named_split, texts["task"], about)  # fmt: skip
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
@@ -246,7 +253,14 @@ def _hidden(path: Path) -> bool:
 
 
 def _pictures(folder: Path, pictures: list[Path], task: str, instruction: str) -> list[Entry]:
-    """Pictures with captions in text files beside them. For generation the captions alone matter."""
+    """Pictures with captions, and masks where they have any, in files beside them. For generation the captions alone
+    matter."""
+    masks = {p for p in pictures if p.stem.endswith(MASK)}
+    pictures = [p for p in pictures if p not in masks]
+    alone = masks - {p.with_suffix(f"{MASK}.png") for p in pictures}
+    if alone and task == "editing":
+        first = min(alone)
+        raise UserError(f"{first} is the mask of no picture: name it a{MASK}.png for a.png or a.jpg, or take it out")
     given = folder / "instruction.txt"
     if task == "editing" and not instruction and given.is_file():
         instruction = read_text(given).strip()
@@ -259,7 +273,8 @@ def _pictures(folder: Path, pictures: list[Path], task: str, instruction: str) -
         about = _beside(picture, ".txt")
         if task == "editing":
             caption = _beside(picture, ".edit.txt") or _instructed(instruction, about)
-            entry = Entry(str(folder), name, caption, about, source=picture)
+            mask = picture.with_suffix(f"{MASK}.png")
+            entry = Entry(str(folder), name, caption, about, source=picture, mask=mask if mask in masks else None)
         else:
             caption = about
             entry = Entry(str(folder), name, caption)
@@ -290,7 +305,8 @@ def _beside(picture: Path, ending: str) -> str:
 def _pie_bench(folder: Path) -> Iterator[Entry]:
     """The layout of PIE-Bench: `mapping_file.json` of {id: fields}, pictures in `annotation_images`.
 
-    Brackets around changed words are taken off. Instructions, masks and blended words are not used.
+    Brackets around changed words are taken off. Instructions and blended words are not used. Masks are taken as they
+    are: the border of one pixel that its authors' evaluation adds is not part of them.
     """
     file, pictures = folder / "mapping_file.json", folder / "annotation_images"
     try:
@@ -313,4 +329,7 @@ def _pie_bench(folder: Path) -> Iterator[Entry]:
             raise UserError(f"{where}: image_path {image} leads out of {pictures}: mend the path")
         number = str(row.get("editing_type_id", ""))
         kind = PIE_KINDS[int(number)] if number in {str(n) for n in range(len(PIE_KINDS))} else ""
-        yield Entry(where, key, after, before, kind, picture)
+        runs = row.get("mask")
+        if runs is not None and not isinstance(runs, list):
+            raise UserError(f"{where} has a mask that is no list of runs: take the file as it was published")
+        yield Entry(where, key, after, before, kind, picture, mask=None if runs is None else tuple(runs))

@@ -31,13 +31,16 @@ from rwopt.unet.attachment import Attachment
 
 @dataclass(frozen=True)
 class Dials:
-    """What one can turn without any schedule: guidance scale; edit strength in (0, 1] (ignored by generation)."""
+    """What one can turn without any schedule: guidance scale; edit strength in (0, 1] (ignored by generation and by
+    instructions); for instructions the scale of guidance towards the source picture, from 1 (None: 1.5)."""
 
     guidance: float = 4.0
     strength: float = 1.0
+    image_guidance: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """Those that the task has."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Task(ABC):
@@ -88,10 +91,14 @@ class Task(ABC):
         if none is given) with the noise of a noisy sampler."""
         course = self.course(dials) if course is None else course
         scale = dials.guidance if course.guidance is None else 2.0  # not 1: the course's own needs negative rows
-        cond = condition(self.model, [c.caption for c in self.cases[rows]], scale)
+        cond = self.beside(condition(self.model, [c.caption for c in self.cases[rows]], scale), dials, rows)
         if SAMPLERS[course.sampler].noisy:
             course = replace(course, noises=self.fresh(len(course))[:, rows])
         return self.start(attachment, dials, course, rows), cond, course
+
+    def beside(self, cond: Condition, dials: Dials, rows: slice) -> Condition:
+        """The condition of some pictures with what the U-Net takes beside their latents; as it is for most tasks."""
+        return cond
 
     @abstractmethod
     def start(self, attachment: Attachment, dials: Dials, course: Course, rows: slice) -> Tensor:
@@ -140,7 +147,7 @@ class Task(ABC):
             steps = None if schedule is None else schedule.steps
             if attachment and schedule and (attachment.sites, attachment.mode) != (schedule.sites, schedule.mode):
                 raise ValueError("the attachment must have the sites and the mode of the schedule")
-            batches.setdefault((dials.strength, dials.guidance == 1, where, steps), []).append(i)
+            batches.setdefault((replace(dials, guidance=float(dials.guidance == 1)), where, steps), []).append(i)
         for members in batches.values():
             dials, schedule = candidates[members[0]]
             given = [(candidates[i][0].guidance, weights_of(candidates[i][1])) for i in members]
@@ -167,6 +174,7 @@ class Task(ABC):
 
     def describe(self, images: Tensor, latents: Tensor | None = None) -> Batch:
         """The pictures, and the latents that they were decoded from, with what is known of their cases."""
+        before = [c.source_caption for c in self.cases]
         return Batch(
             images,
             latents=latents,
@@ -174,6 +182,7 @@ class Task(ABC):
             teacher_latents=self.teacher_latents,
             reference=self.references,
             prompts=[c.caption for c in self.cases],
+            source_prompts=before if all(before) else None,
             target=[c.target for c in self.cases] if self.cases[0].target else None,
             changed=[list(c.change) for c in self.cases],
             hidden=[c.hidden for c in self.cases],

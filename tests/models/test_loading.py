@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from helpers.families import SD, save_family, save_lora, save_single_file
+from helpers.families import SD, UNETS, save_family, save_lora, save_single_file
 from safetensors.torch import save_file
 
 from rwopt.errors import UserError
@@ -75,8 +75,10 @@ def test_noise_that_is_no_diffusions_is_refused(monkeypatch: pytest.MonkeyPatch,
     "kind",
     [
         "StableDiffusion3Pipeline", "FluxPipeline", "IFPipeline", "KandinskyV22Pipeline", "PixArtAlphaPipeline",
-        "StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline", "StableDiffusionInpaintPipeline",
-        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionControlNetXSPipeline", "PixArtSigmaPipeline", "StableCascadeCombinedPipeline", "KolorsPipeline",
+        "StableVideoDiffusionPipeline",
+        "HunyuanDiTPipeline", "AuraFlowPipeline", "StableDiffusionUpscalePipeline", "AnimateDiffPipeline",
     ],
 )  # fmt: skip
 def test_pipelines_of_another_kind_are_named_before_their_weights_are_read(tmp_path: Path, kind: str) -> None:
@@ -93,15 +95,48 @@ def test_a_refiner_and_another_unet_are_named(tmp_path: Path) -> None:
     refused(tmp_path, "has a UNetMotionModel")
 
 
-@pytest.mark.parametrize(("channels", "said"), [(9, "inpainting"), (8, "InstructPix2Pix"), (5, "depth")])
-def test_a_unet_with_further_inputs_is_named_before_its_weights_are_read(
-    sd: Path, tmp_path: Path, channels: int, said: str
+@pytest.mark.parametrize(
+    ("channels", "method", "said"),
+    [
+        (5, "", r"a U-Net of 5 channels for latents of 4 \(depth.*\): such models"), (7, "", "another kind"),
+        (9, "sdedit", r"9 channels .*\(inpainting\), and task.method=sdedit takes one of 4: use .*task.method=inpaint"),
+        (8, "generation", r"\(InstructPix2Pix\), and task.name=generation .*task.method=instruct"),
+        (8, "inpaint", "takes one of 9 or 4"), (4, "instruct", "takes one of 8"),
+    ],
+)  # fmt: skip
+def test_a_unet_of_other_inputs_is_named_before_its_weights_are_read(
+    sd: Path, tmp_path: Path, channels: int, method: str, said: str
 ) -> None:
     folder = copy_of(sd, tmp_path / "model")
     UNet2DConditionModel(**SD, in_channels=channels).save_config(folder / "unet")
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
-    refused(folder, rf"a U-Net of {channels} channels for latents of 4 \({said}.*\): models with")
+    refused(folder, said, method=method)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "method"),
+    [("StableDiffusionInpaintPipeline", 9, "inpaint"), ("StableDiffusionInstructPix2PixPipeline", 8, "instruct"),
+     ("StableDiffusionXLInpaintPipeline", 9, "inpaint"), ("StableDiffusionXLInstructPix2PixPipeline", 8, "instruct")],
+)  # fmt: skip
+def test_models_made_for_edits_are_opened(
+    sd: Path, xl: Path, tmp_path: Path, kind: str, channels: int, method: str
+) -> None:
+    family, config = (xl, UNETS["sdxl"]) if "XL" in kind else (sd, SD)
+    folder = copy_of(family, tmp_path / "model")
+    UNet2DConditionModel(**config, in_channels=channels).save_pretrained(folder / "unet")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    model = load(folder, method=method)
+    assert model.latent_shape == (4, 8, 8)
+    assert model.extra_channels == channels - 4
+    assert model.family == ("sdxl" if "XL" in kind else "sd")
+
+
+def test_cosxl_is_named(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionXLInstructPix2PixPipeline", "is_cosxl_edit": True}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    refused(tmp_path, "is a CosXL edit model")
 
 
 def test_an_index_without_a_class_is_told_by_its_encoders(xl: Path, tmp_path: Path) -> None:
@@ -187,8 +222,8 @@ CONV = torch.zeros(8, 4, 3, 3)
         ({"encoder.conv_in.weight": CONV, "decoder.conv_in.weight": CONV}, "is a VAE: give it as model.vae"),
         ({"something": CONV}, r"holds tensors of another kind \(something"),
         ({}, "holds tensors of another kind"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3),
-          "model.diffusion_model.out.2.weight": torch.zeros(4, 8, 3, 3)}, "9 channels for latents of 4"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 5, 3, 3),
+          "model.diffusion_model.out.2.weight": torch.zeros(4, 8, 3, 3)}, "5 channels for latents of 4"),
         ({"model.diffusion_model.input_blocks.0.0.weight": CONV,
           "conditioner.embedders.0.model.ln_final.bias": CONV}, "is an SDXL refiner"),
         ({"model.diffusion_model.input_blocks.0.0.weight": CONV}, "holds no VAE: give model.vae"),

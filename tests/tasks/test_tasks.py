@@ -372,7 +372,7 @@ def test_a_task_has_a_sampler_and_a_grid(avatars: Model, captions: list[Case], s
     [
         (lambda m, c: make_task("edit", m, c, 2), "task.name=edit is unknown: did you mean editing"),
         (lambda m, c: make_task("editing", m, [], 2), "no cases were given"),
-        (lambda m, c: make_task("editing", m, c, 2, method="magic"), "task.method=magic is unknown"),
+        (lambda m, c: make_task("editing", m, c, 2, method="magic"), "task.method=magic: did you mean"),
         (lambda m, c: make_task("editing", m, [*c, Case("mine", "x")], 2), "case mine has no source picture"),
         (lambda m, c: make_task("editing", m, c, 0).images(PLAIN), "steps=0"),
         (lambda m, c: make_task("editing", m, c, 2).images(Dials(3.0, 1.5)), "strength=1.5"),
