@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export WANDB_MODE ?= offline
 
-.PHONY: search test test-comfyui lint docs clean
+.PHONY: search test test-comfyui test-image-reward lint docs clean
 
 search: $(VENV)/.installed
 	$(BIN)/rwopt search recipe=few-steps
@@ -28,6 +28,23 @@ $(COMFY)/.ready: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps --target $(COMFY)/deps einops
 	touch $@
 
+REWARDS ?= .venv-rewards
+# ImageReward, HPS and LPIPS against the packages that they come from, whose own versions of everything are old: an
+# environment that sees the project's and has these in front
+test-image-reward: export OMP_NUM_THREADS = 1
+test-image-reward: $(REWARDS)/.ready
+	PYTHONPATH=. $(REWARDS)/bin/python benchmarks/reward_parity.py
+
+$(REWARDS)/.ready: $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(REWARDS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+		> `$(REWARDS)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"`/zz_base.pth
+	$(REWARDS)/bin/pip install --quiet --no-deps image-reward==1.5 transformers==4.55.4 diffusers==0.35.2 \
+		huggingface_hub==0.36.2 datasets==3.6.0 clip-anytorch 'setuptools<81' timm==0.6.13 torchvision==0.28.0 \
+		open_clip_torch==3.3.0 ftfy wcwidth 'tokenizers>=0.21,<0.22' fairscale==0.4.13 pandas pyarrow xxhash \
+		multiprocess dill 'fsspec<=2025.3.0' accelerate pytz python-dateutil six
+	touch $@
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
@@ -46,4 +63,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(REWARDS) site .mypy_cache .ruff_cache .pytest_cache

@@ -39,12 +39,14 @@ from rwopt.tasks.teacher import teacher_latents
 
 ROOT = Path(__file__).resolve().parent
 RECIPE = "few-steps"
-PLAIN_CALLS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
+PLAIN_CALLS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
 CONTROLS = ("plain", "best guidance", "analytic", "constant", "clock", "clock and told", "weights", "weights and clock")
 # {sampler: {calls: (learned seeds, seeds of the dials without weights, whether all controls are run)}}
 PLAN = {
-    "dpmpp_2m": {3: (5, 3, True), 2: (5, 3, True), 4: (5, 2, False), 6: (3, 1, False)},
-    "ddim": {4: (1, 1, False)},  # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
+    "dpmpp_2m": {3: (5, 3, True), 2: (5, 3, True), 4: (5, 2, False), 6: (5, 2, False), 8: (5, 1, False),
+                 10: (5, 1, False)},
+    # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
+    "ddim": {4: (5, 2, False), 3: (5, 2, False), 6: (5, 1, False)},
 }
 QUICK = {"dpmpp_2m": {2: (2, 1, True)}, "ddim": {2: (1, 1, False)}}
 FULL = ["task.train=96", "task.validation=24", "task.test=256", "tuner.trials=4", "gradient.updates=16",

@@ -25,9 +25,10 @@ VERBS = {
     "compare": ["schedule.json", "--recipe", "--set", "--split"],
     "sample": ["--caption", "--schedule", "--model", "--steps", "--guidance", "--seed", "--out"],
     "edit": ["--image", "--caption", "--case", "--split", "--strength", "--schedule", "--steps", "--seed", "--out"],
-    "show": ["schedule.json", "--png"],
+    "show": ["schedule.json", "other.json", "--png"],
     "sites": ["model"],
     "recipes": [],
+    "objectives": ["NAME"],
 }
 SMALL = [item for item in SETTINGS if item.startswith("task.")]
 

@@ -354,7 +354,7 @@ def test_the_example_objective(example: Any) -> None:
     module, contract = example("rwopt.objectives.colour"), suite("objectives/test_objectives.py")
     contract.make_objective = module.make
     pictures, n = contract.pictures, contract.N
-    for name in module.names():
+    for name in module.specs():
         for method in methods(contract.TestContract):
             known = contract.Batch(
                 pictures(1), pictures(2), pictures(3), pictures(4), contract.latents(5), contract.latents(6), ["a"] * n,

@@ -1,7 +1,7 @@
 """The command line: parse, compose the recipe, call one function, print. Heavy imports wait until a verb runs.
 
-`parser.py`: what may be typed; `runs.py`, `pictures.py`, `files.py`, `exports.py`: the verbs; `screen.py`: what else is
-printed.
+`parser.py`: what may be typed; `runs.py`, `pictures.py`, `files.py`, `objectives.py`, `exports.py`: the verbs;
+`screen.py`: what else is printed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ VERBS = {
     **{verb: f"runs:{verb}" for verb in ("search", "worker", "probe", "compare")},
     **{verb: f"pictures:{verb}" for verb in ("sample", "edit")},
     **{verb: f"files:{verb}" for verb in ("show", "sites", "recipes")},
+    "objectives": "objectives:objectives",
     "export": "exports:export",
     "import": "exports:read_foreign",
     "edit-schedule": "exports:edit_schedule",

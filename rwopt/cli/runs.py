@@ -57,13 +57,17 @@ def search(args: argparse.Namespace) -> None:
         import tempfile
 
         with tempfile.TemporaryDirectory() as place:
-            print(*Search(settings, Path(place), Silent()).preflight().lines, sep="\n")
+            plan = Search(settings, Path(place), Silent()).plan()
+        print(*plan.lines, sep="\n")
+        plan.check()
         return
     with Bar() as bar:
         search = Search(settings, folder, bar)
         write_text(folder / "command.txt", command + "\n")
-        for line in search.preflight().lines:
+        plan = search.plan()
+        for line in plan.lines:
             say(line)
+        plan.check()
         report = search.run(command)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal_table(report, console.width, metrics=headline(settings)))

@@ -1,12 +1,14 @@
 """Groups: parts of recipes, chosen by name instead of copied. `recipes/<group>/<name>.yaml` may set any key.
 
 A recipe names those that it is made of, `use: [model/sdxl, budget/card-8gb]`; its own keys come after them, and what
-the command line chooses, `model=sdxl`, after these. In the free mappings of `objective` a null takes a name out again.
+the command line chooses, `model=sdxl`, after these. In mappings of free names (`objective.terms`, `objective.report`,
+`tuner.guard`) a null takes a name out again, or all that fit a pattern: `"judge.*": null`.
 """
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from rwopt.files import package_folder
 
 GROUPS = ("model", "task", "objective", "budget")
 
-_FREE = ("objective.terms.", "objective.report.")
+_FREE = ("objective.terms.", "objective.report.", "tuner.guard.")
 
 
 def groups() -> dict[str, tuple[Path, str]]:
@@ -58,7 +60,7 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any], prefix: str = "") -
     for key, value in more.items():
         path = f"{prefix}{key}."
         if value is None and path.startswith(_FREE):
-            out.pop(key, None)
+            out = {name: kept for name, kept in out.items() if not fnmatch.fnmatchcase(name, key)}
         elif isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
             out[key] = merged(out[key], value, path)
         elif isinstance(value, Mapping):

@@ -72,7 +72,8 @@ class TaskSettings:
 
     cases: "avatars", "prompts", a file or a folder (`data/README.md`); instruction: what an edit wants of pictures
     whose cases do not say; fit: how pictures of other sizes are fitted, crop or pad; size: [height, width] in pixels,
-    none for the model's own.
+    none for the model's own. method: of an edit: sdedit and inversion with any text-to-picture model, instruct with an
+    InstructPix2Pix, inpaint where cases have masks.
     sampler, grid: a solver, and the rule by which its noise levels lie (`rwopt.sampling.grids`), or a list of VE noise
     levels as text, "14.6,2.9,0.3".
     """
@@ -96,23 +97,37 @@ class TaskSettings:
     def __post_init__(self) -> None:
         at_least_one(self, "task", "steps", "draws", "batch", "train", "validation", "test")
         one_of(("editing", "generation"), "task.name", self.name)
-        one_of(("sdedit", "inversion"), "task.method", self.method)
+        one_of(("sdedit", "inversion", "instruct", "inpaint"), "task.method", self.method)
         one_of(("crop", "pad"), "task.fit", self.fit)
         one_of(tuple(SAMPLERS), "task.sampler", self.sampler)
         check_grid("task.grid", self.grid)
 
+    @property
+    def kind(self) -> str:
+        """What is done: generation, or the method of editing."""
+        return self.method if self.name == "editing" else self.name
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether a picture starts at the level of `dials.strength`; others start from noise."""
+        return self.kind not in ("generation", "instruct")
+
 
 @dataclass
 class DialSettings:
-    """Guidance scale and edit strength: the defaults (the `plain` row) and the box in which they are tuned."""
+    """Guidance scale, edit strength, and for instructions the scale of guidance towards the source: the defaults (the
+    `plain` row) and the box in which they are tuned."""
 
     guidance: float = 4.0
     strength: float = 0.7
+    image_guidance: float = 1.5
     guidance_bounds: list[float] = field(default_factory=lambda: [1.0, 12.0])
     strength_bounds: list[float] = field(default_factory=lambda: [0.3, 1.0])
+    image_guidance_bounds: list[float] = field(default_factory=lambda: [1.0, 3.0])
 
     def __post_init__(self) -> None:
-        for name, least, most in (("guidance", 1.0, math.inf), ("strength", 0.05, 1.0)):
+        limits_of = (("guidance", 1.0, math.inf), ("strength", 0.05, 1.0), ("image_guidance", 1.0, math.inf))
+        for name, least, most in limits_of:
             key, bounds, value = f"dials.{name}_bounds", getattr(self, f"{name}_bounds"), getattr(self, name)
             limits = f"from {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
             fits = len(bounds) == 2 and least <= bounds[0] < bounds[1] <= most and math.isfinite(bounds[1])
@@ -212,10 +227,32 @@ class AnalyticSettings:
 
 @dataclass
 class ObjectiveSettings:
-    """`terms`: what is optimised, a weighted geometric mean; `report`: what else is shown, {name: optimised?}."""
+    """`terms`: what is optimised, {name: weight}, combined as `combine` says (`rwopt.objectives.composite`); a name may
+    be a function of one's own, path/to/file.py:function. report: what else is shown, {name: optimised?}; sets: numbers
+    of whole sets (kid), shown for the test cases.
+
+    options: {name: {key: value}}, such as where weights are. invalid: what a picture without a score does (no face, an
+    empty mask): drop, it leaves the mean, or fail, it counts as the worst of the range.
+    """
 
     terms: dict[str, float] = field(default_factory=dict)
     report: dict[str, bool] = field(default_factory=dict)
+    sets: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    combine: str = "auto"
+    invalid: str = "drop"
+
+    def __post_init__(self) -> None:
+        one_of(("auto", "geometric", "calibrated"), "objective.combine", self.combine)
+        one_of(("drop", "fail"), "objective.invalid", self.invalid)
+        options: dict[str, Any] = {}
+        for name, value in self.options.items():
+            if not isinstance(value, dict):  # objective.options.clip.t.checkpoint=place, as an override says it
+                name, _, key = name.rpartition(".")
+                value = {key: value}
+            check(bool(name), "objective.options", self.options, "give {name: {key: value}}")
+            options.setdefault(name, {}).update(value)
+        self.options = options
 
 
 @dataclass
@@ -232,6 +269,10 @@ class TunerSettings:
     looked at after each `part` cases. storage: URL of studies that `rwopt worker` joins (none: study.db in the run
     folder); heartbeat, grace: seconds between a worker's signs of life, and until one counts as gone.
 
+    guard: {name: slack}: measured on validation cases while an arm is tuned; a candidate whose mean is worse than the
+    plain model's by more than slack cannot be chosen, and after `guard_patience` such candidates in a row, each better
+    on the objective than all that keep the guard, tuning stops.
+
     batched: candidates proposed and scored at once, knowing nothing of each other's scores: what their trajectories
     share is computed once, and they share U-Net calls if `task.batch` holds more pictures than a candidate has.
     """
@@ -246,6 +287,8 @@ class TunerSettings:
     objectives: list[str] = field(default_factory=list)
     slack: float = 0.0
     limits: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, float] = field(default_factory=dict)
+    guard_patience: int = 3
     prune: float = 0.0
     part: int = 8
     batched: int = 1
@@ -256,8 +299,10 @@ class TunerSettings:
     def __post_init__(self) -> None:
         one_of(TUNERS, "tuner.name", self.name)
         one_of(SEARCHERS, "tuner.sampler", self.sampler)
-        at_least_one(self, "tuner", "trials", "control_trials", "top_k", "batched")
+        at_least_one(self, "tuner", "trials", "control_trials", "top_k", "batched", "guard_patience")
         check(self.dial_trials >= 0, "tuner.dial_trials", self.dial_trials, "must be 0 or more")
+        for name, slack in self.guard.items():
+            check(0 <= slack < math.inf, f"tuner.guard.{name}", slack, "must be 0 or more, and finite")
         self._check_optuna()
 
     @property

@@ -6,43 +6,30 @@ Probabilities are calibrated; `*_accuracy` is the share of right answers, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwopt.errors import UserError
+from rwopt.models import EMBEDDED
 from rwopt.models.judge import Judge, Verdict
+from rwopt.objectives.frozen import Frozen
 from rwopt.objectives.objective import Batch, Objective, ObjectiveSpec, against
 
 NETWORKS = ("scorer", "judge")
 
 
-class Panel:
-    """One judge with a memory of the last three sets of pictures, so that several objectives cost one forward pass."""
+class Panel(Frozen[Verdict]):
+    """One judge, whose verdict on the same pictures is computed once for several objectives."""
 
     def __init__(self, network: str) -> None:
         self.judge = Judge.load(network)
-        self._seen: list[tuple[Tensor, Verdict]] = []
+        super().__init__(self.judge, lambda images: self.judge(images))  # looked up late: `forward` may be watched
 
-    def verdict(self, images: Tensor) -> Verdict:
-        """What the judge says of `images`, computed once for the same pictures (not while taking gradients)."""
-        self.judge.to(images.device)
-        verdict: Verdict
-        if images.requires_grad and torch.is_grad_enabled():
-            verdict = self.judge(images.float())
-            return verdict
-        # Own copies, compared by content (a hundredth of a forward pass): a tensor may be changed in place, and neither
-        # its identity nor its version counter tells when that happened through NumPy.
-        for i, (copy, verdict) in enumerate(self._seen):
-            if copy.device == images.device and copy.dtype == images.dtype and torch.equal(copy, images):
-                self._seen.append(self._seen.pop(i))
-                return verdict
-        with torch.no_grad():
-            verdict = self.judge(images.float())
-        self._seen = [*self._seen[-2:], (images.detach().clone(), verdict)]
-        return verdict
+    verdict = Frozen.__call__
 
     def indices(self, attribute: str, values: list[str]) -> Tensor:
         return self.judge.indices(attribute, values)
@@ -163,13 +150,19 @@ _KINDS: dict[str, tuple[Callable[[str], Callable[[Batch], Tensor]], bool, tuple[
 }  # fmt: skip
 
 
-def names() -> list[str]:
-    return [f"{network}.{kind}" for network in NETWORKS for kind in _KINDS]
+def specs() -> Mapping[str, ObjectiveSpec]:
+    """What each objective declares."""
+    out = {}
+    for network in NETWORKS:
+        place = EMBEDDED / network / "model.safetensors"
+        given: dict[str, Any] = {"weights": f"avatars/{network}, embedded", "size": place.stat().st_size}
+        for kind, (_, differentiable, needs, higher, about) in _KINDS.items():
+            name, top = f"{network}.{kind}", 1.0 if higher else float("inf")
+            out[name] = ObjectiveSpec(name, higher, differentiable, (0.0, top), frozenset(needs), about=about, **given)
+    return out
 
 
 def make(name: str) -> Objective:
+    """The objective of that name."""
     network, kind = name.split(".")
-    factory, differentiable, needs, higher, about = _KINDS[kind]
-    top = 1.0 if higher else float("inf")
-    spec = ObjectiveSpec(name, higher, differentiable, (0.0, top), frozenset(needs), about=about)
-    return Objective(spec, factory(network))
+    return Objective(specs()[name], _KINDS[kind][0](network))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from rwopt.objectives.objective import Objective, ObjectiveSpec, against
@@ -35,11 +37,15 @@ _ALL = {
 }  # fmt: skip
 
 
-def names() -> list[str]:
-    return list(_ALL)
+def specs() -> Mapping[str, ObjectiveSpec]:
+    """What each objective declares."""
+    out = {}
+    for name, (_, span, about) in _ALL.items():
+        needs = frozenset({"reference" if name.startswith("source.") else "truth"})
+        out[name] = ObjectiveSpec(name, True, True, span, needs, about=about)
+    return out
 
 
 def make(name: str) -> Objective:
-    function, span, about = _ALL[name]
-    needs = frozenset({"reference" if name.startswith("source.") else "truth"})
-    return Objective(ObjectiveSpec(name, True, True, span, needs, about=about), function)
+    """The objective of that name."""
+    return Objective(specs()[name], _ALL[name][0])

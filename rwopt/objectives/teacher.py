@@ -7,6 +7,7 @@ These objectives need no reward network, work on any model, and cannot be bought
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
@@ -23,7 +24,7 @@ def _latent(batch: Batch) -> Tensor:
     return error / batch.teacher_latents.square().flatten(1).sum(1).clamp(min=1e-12)
 
 
-_SPECS = {
+_ALL = {
     "teacher.latent": (_latent, False, (0.0, float("inf")), "relative squared distance to the teacher's latents"),
     "teacher.psnr": (
         against("teacher", psnr), True, (0.0, 100.0), "peak signal-to-noise ratio to the teacher's picture, dB",
@@ -39,12 +40,16 @@ _SPECS = {
 }  # fmt: skip
 
 
-def names() -> list[str]:
-    return list(_SPECS)
+def specs() -> Mapping[str, ObjectiveSpec]:
+    """What each objective declares."""
+    out = {}
+    for name, (_, higher, span, about) in _ALL.items():
+        latent = name == "teacher.latent"
+        needs = frozenset({"latents", "teacher_latents"} if latent else {"teacher"})
+        out[name] = ObjectiveSpec(name, higher, True, span, needs, about=about, pictures=not latent)
+    return out
 
 
 def make(name: str) -> Objective:
-    function, higher, span, about = _SPECS[name]
-    needs = frozenset({"latents", "teacher_latents"} if name == "teacher.latent" else {"teacher"})
-    spec = ObjectiveSpec(name, higher, True, span, needs, about=about, pictures=name != "teacher.latent")
-    return Objective(spec, function)
+    """The objective of that name."""
+    return Objective(specs()[name], _ALL[name][0])

@@ -27,20 +27,21 @@ from rwopt.tasks.pictures import to_pictures
 from rwopt.tasks.teacher import teach
 
 
-def own_dials(schedule: Schedule | None, guidance: float, strength: float) -> Dials:
-    """The dials a schedule was calibrated with, else the given ones."""
+def own_dials(schedule: Schedule | None, base: Dials) -> Dials:
+    """The dials a schedule was calibrated with, else those of `base`."""
     made: Mapping[str, Any] = {} if schedule is None else schedule.calibrated
-    return Dials(float(made.get("guidance_scale", guidance)), float(made.get("strength", strength)))
+    names = {"guidance": "guidance_scale", "strength": "strength", "image_guidance": "image_guidance_scale"}
+    return replace(base, **{name: float(made[key]) for name, key in names.items() if key in made})
 
 
 def compare_schedules(settings: Settings, schedules: Mapping[str, Schedule], split: str) -> Report:
     """Each schedule at its own calibrated dials, the plain model at the recipe's, on one split, paired to the first."""
-    model = load_model(**asdict(settings.model), size=settings.task.size)
+    model = load_model(**asdict(settings.model), size=settings.task.size, method=settings.task.kind)
     experiment = Experiment(settings, model)
     columns = report_metrics(settings)
     arms = [Arm("plain", experiment.base)]
     for name, schedule in schedules.items():
-        dials = own_dials(schedule, experiment.base.guidance, experiment.base.strength)
+        dials = own_dials(schedule, experiment.base)
         arms.append(Arm(name, dials, schedule, calls=int(schedule.provenance.get("calls", 0))))
     names = list(settings.objective.report)
     scores = {a.name: experiment.scores(split, a.dials, a.schedule, names) for a in arms}
@@ -112,9 +113,9 @@ def pictures(
             )
         steps, sampler = len(own_steps), own_steps.sampler
     edit = cases[0].source is not None
-    own = own_dials(schedule, 4.0, 0.7)
+    own = own_dials(schedule, Dials(4.0, 0.7))
     given = own.strength if strength is None else strength
-    dials = Dials(own.guidance if guidance is None else guidance, given if edit else 1.0)
+    dials = replace(own, guidance=own.guidance if guidance is None else guidance, strength=given if edit else 1.0)
     made: Mapping[str, Any] = {} if schedule is None else schedule.calibrated
     steps = int(made.get("num_inference_steps", 20)) if steps is None else steps
     for case in cases:

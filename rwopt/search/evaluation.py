@@ -6,23 +6,28 @@ Units matter: pictures of one case (draws, search seeds) are averaged inside the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rwopt.objectives import Batch, make_objective
+from rwopt.objectives import Batch, Objectives
+from rwopt.objectives.objective import settle
 from rwopt.results import Paired
 from rwopt.tasks import Task
 
 OBJECTIVE = "objective"  # the name under which the optimised composite is reported
 HELD_OUT = "judge.objective"  # the same composite, by the judge that no search sees
+VALID = ".valid"  # behind a metric's name: the share of a case's pictures that have a score
 
 
 @dataclass
 class Scores:
-    """{metric: one number a case [C]} of one arm; NaN where a metric is not defined for a case."""
+    """{metric: one number a case [C]} of one arm; NaN where a metric is not defined for a case.
+
+    A metric that not every picture has a score for has a second entry, `<name>.valid`, the share of those that have.
+    """
 
     values: dict[str, np.ndarray]
 
@@ -34,6 +39,12 @@ class Scores:
     def means(self) -> dict[str, float]:
         return {name: self.mean(name) for name in self.values}
 
+    def valid(self, metric: str) -> float:
+        """Share of pictures that have a score; NaN if the metric was not measured."""
+        if metric not in self.values:
+            return np.nan
+        return self.mean(metric + VALID) if metric + VALID in self.values else 1.0
+
     def to_json(self) -> dict[str, list[float | None]]:
         return {k: [None if np.isnan(x) else round(float(x), 6) for x in v] for k, v in self.values.items()}
 
@@ -44,12 +55,27 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    task: Task, batch: Batch, composites: Mapping[str, Callable[[Batch], Tensor]], metrics: Sequence[str] = ()
-) -> Scores:
-    """Scores of all pictures of a task, averaged inside each case: named composites, then single objectives."""
+    task: Task, batch: Batch, composites: Mapping[str, Callable[[Batch], Tensor]], metrics: Sequence[str] = (),
+    objectives: Objectives | None = None,
+) -> Scores:  # fmt: skip
+    """Scores of all pictures of a task, averaged inside each case: named composites, then single `objectives`.
+
+    Pictures without a score leave the mean, or count as the worst, as `objectives` say. A picture that is not finite is
+    no picture: its scores are infinitely bad, so that a candidate that makes one has no finite mean.
+    """
+    objectives = objectives or Objectives()
+    broken = ~batch.images.isfinite().flatten(1).all(1)
+    if bool(broken.any()):
+        batch = replace(batch, images=batch.images.nan_to_num(0.0, 1.0, 0.0))
     raw = {name: composite(batch) for name, composite in composites.items()}
     for name in metrics:
-        raw[name] = make_objective(name)(batch)
+        single = objectives[name](batch)
+        raw[name] = settle(single, objectives.spec(name), objectives.invalid)
+        if bool(single.isnan().any()):
+            raw[name + VALID] = (~single.isnan()).float()
+    for name in (*composites, *metrics):
+        up = name in composites or objectives.spec(name).higher_is_better
+        raw[name] = raw[name].masked_fill(broken, -np.inf if up else np.inf)
     cases = int(task.owner.max()) + 1
     values = {}
     for name, tensor in raw.items():

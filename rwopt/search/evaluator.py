@@ -12,10 +12,11 @@ import numpy as np
 
 from rwopt.config import TunerSettings
 from rwopt.errors import UserError
-from rwopt.objectives import make_objective
+from rwopt.objectives import Objectives
 from rwopt.objectives.composite import Composite
 from rwopt.schedule import Schedule
 from rwopt.search.evaluation import OBJECTIVE, score
+from rwopt.search.guard import Guard, Watch
 from rwopt.search.splits import Splits
 from rwopt.tasks import Dials, Task
 from rwopt.tuners import Trial, pareto, top
@@ -24,29 +25,31 @@ from rwopt.tuners.loop import Batched, Outcome, Report
 Decode = Callable[[Mapping[str, float]], tuple[Dials, Schedule | None]]
 
 
-def higher_is_better(name: str) -> bool:
-    """The direction of an objective. Raises `UserError` for an unknown one."""
-    return name == OBJECTIVE or make_objective(name).spec.higher_is_better
-
-
 class Evaluator:
     """Scores and chooses candidates by the `tuner` settings' objectives, limits and early stopping, on a recipe's
     cases.
 
-    objective: what the name "objective" stands for.
+    objective: what the name "objective" stands for; objectives: all others. Raises `UserError` for an unknown name.
     """
 
-    def __init__(self, settings: TunerSettings, splits: Splits, objective: Composite) -> None:
+    def __init__(
+        self, settings: TunerSettings, splits: Splits, objective: Composite, objectives: Objectives | None = None
+    ) -> None:
         self.settings, self.splits, self.objective = settings, splits, objective
+        self.objectives = objectives or Objectives()
+        self.guard = Guard(settings.guard, splits, self.objectives, splits.base)
         self.limits, self.slack, self.prune = dict(settings.limits), settings.slack, settings.prune
         self.names = list(settings.objectives) or [OBJECTIVE]
-        self.signs = {name: 1.0 if higher_is_better(name) else -1.0 for name in (*self.names, *self.limits)}
+        self.signs = {name: 1.0 if self._up(name) else -1.0 for name in (*self.names, *self.limits)}
         self.labels = [name if self.signs[name] > 0 else f"-{name}" for name in self.names]
         self._parts: list[tuple[Task, list[int]]] = []
 
     @property
     def several(self) -> bool:
         return len(self.names) > 1
+
+    def _up(self, name: str) -> bool:
+        return name == OBJECTIVE or self.objectives.spec(name).higher_is_better
 
     def cases(self, task: Task, candidates: Sequence[tuple[Dials, Schedule | None]]) -> list[dict[str, np.ndarray]]:
         """Of each candidate and objective or limit each case's score [C], higher is better; NaN where undefined."""
@@ -55,7 +58,7 @@ class Evaluator:
         singles = [name for name in wanted if name != OBJECTIVE]
         out = []
         for batch in task.candidates(candidates):
-            values = score(task, batch, composites, singles).values
+            values = score(task, batch, composites, singles, self.objectives).values
             out.append({name: self.signs[name] * values[name] for name in wanted})
         return out
 
@@ -83,7 +86,7 @@ class Evaluator:
         parts, model = self.parts(), self.splits.model
         before, batch = model.calls, parts[0][0].batch
         values: dict[str, np.ndarray] = {}
-        total = sum(len(rows) for _, rows in parts)
+        seen, total = 0, sum(len(rows) for _, rows in parts)
         pictures = sum(len(task) for task, _ in parts)
         fraction = -(-pictures // batch) / sum(-(-len(task) // batch) for task, _ in parts)
         begin = number % len(parts)
@@ -91,10 +94,10 @@ class Evaluator:
             for name, column in self.cases(task, [(dials, schedule)])[0].items():
                 values.setdefault(name, np.full(total, np.nan))[rows] = column
             calls = max(1, round((model.calls - before) * fraction))
-            own = values[self.names[0]]
-            if not np.isfinite(own[rows]).all():
+            own, seen = values[self.names[0]], seen + len(rows)
+            if np.isinf(own[rows]).any():
                 return Outcome((np.nan,), calls)
-            if report({case: float(own[case]) for case in rows}) and np.isnan(own).any():
+            if report({case: float(own[case]) for case in rows if not np.isnan(own[case])}) and seen < total:
                 return Outcome(None, calls)
         return self.outcome(values, calls)
 
@@ -113,18 +116,24 @@ class Evaluator:
                 self._parts.append((self.splits.prepare([cases[j] for j in rows]), rows))
         return self._parts
 
+    def watch(self, decode: Decode) -> Watch:
+        """Who keeps the guard while one study is worked on."""
+        return Watch(self.guard, self.settings.guard_patience, decode)
+
     def choose(
-        self, name: str, trials: Sequence[Trial], decode: Decode, k: int
+        self, name: str, trials: Sequence[Trial], decode: Decode, k: int, watch: Watch | None = None
     ) -> tuple[Trial, Outcome, dict[str, Any]]:
         """The best on validation cases of the k that did best on train cases, and how it was chosen.
 
         Several objectives: of the Pareto front, by `pareto.rule`. A point that breaks a limit comes after all that keep
-        it. Raises `UserError` if there is none with a finite score.
+        it; one that breaks the guard is no choice, unless all do. Raises `UserError` if there is none with a finite
+        score.
         """
-        if not self.several:
-            best, about = top(trials, k), dict[str, Any]()
-        else:
-            best, about = self._from_front(top(trials, len(trials)), k)
+        watch = watch or self.watch(decode)
+        ordered, about = top(trials, len(trials)), dict[str, Any]()
+        if self.several:
+            ordered, about = self._from_front(ordered)
+        best = watch.first(ordered, k)
         validated = self.of("validation", *(decode(t.candidate.values) for t in best))
         rows = [i for i, v in enumerate(validated) if v.scores is not None and np.isfinite(v.scores).all()]
         if not rows:
@@ -135,19 +144,21 @@ class Evaluator:
         chosen = rows[pareto.ranked(points, plain, self.slack, over)[0]]
         if self.limits:
             about |= {"limits": self.limits, "kept": bool(over[rows.index(chosen)] <= 0)}
+        if self.guard:
+            about["guard"] = watch.about(best[chosen])
         return best[chosen], validated[chosen], about
 
     def _plain(self, split: str) -> np.ndarray:
         return np.array(self.of(split, (self.splits.base, None))[0].scores)
 
-    def _from_front(self, trials: Sequence[Trial], k: int) -> tuple[list[Trial], dict[str, Any]]:
-        """The front's k best by the rule, on train cases; and what the result says of the front."""
+    def _from_front(self, trials: Sequence[Trial]) -> tuple[list[Trial], dict[str, Any]]:
+        """The front, best first by the rule, on train cases; and what the result says of the front."""
         keeping = [t for t in trials if t.excess <= 0] or list(trials)
         points, plain = np.array([t.scores for t in keeping]), self._plain("train")
         front = sorted(pareto.front(points), key=lambda i: -points[i, 0])
         worst = np.array([self._worst(name, points[:, j]) for j, name in enumerate(self.names)])
         order = pareto.ranked(points[front], plain, self.slack, np.array([keeping[i].excess for i in front]))
-        return [keeping[front[i]] for i in order[:k]], {
+        return [keeping[front[i]] for i in order], {
             "rule": pareto.rule(self.labels, self.slack),
             "objectives": self.labels,
             "plain": plain.tolist(),
@@ -158,6 +169,6 @@ class Evaluator:
 
     def _worst(self, name: str, seen: np.ndarray) -> float:
         """Where hypervolume is counted from: the worst possible score, or the worst seen if there is no end to it."""
-        low, high = self.objective.range if name == OBJECTIVE else make_objective(name).spec.range
+        low, high = self.objective.range if name == OBJECTIVE else self.objectives.spec(name).range
         worst = low if self.signs[name] > 0 else -high
         return worst if np.isfinite(worst) else float(seen.min())

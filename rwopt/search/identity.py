@@ -14,6 +14,7 @@ import torch
 
 from rwopt.config import Settings, to_yaml
 from rwopt.models import Model
+from rwopt.objectives import objective_spec
 
 NAME = "name.txt"
 """In a run folder: what it was called when it was made."""
@@ -30,14 +31,21 @@ def weights_digest(model: Model, each: int = 64) -> str:
 
 
 def fingerprint(settings: Settings, model: Model) -> str:
-    """Of recipe and model. A model's place may differ from machine to machine, and so may the storage's address."""
+    """Of recipe, model, and versions of objectives.
+
+    A model's place may differ from machine to machine, and so may the storage's address.
+    """
+    measured = settings.objective
+    names = (*measured.terms, *measured.report, *settings.tuner.limits, *settings.tuner.guard)
+    versions = {name: objective_spec(name).version for name in sorted(set(names)) if name != "objective"}
+    newer = {name: version for name, version in versions.items() if version != "1"}  # of one's own: its file's digest
     bare = replace(
         settings,
         track=type(settings.track)(),
         model=replace(settings.model, name="", device="auto", checkpointing="auto", config="", revision="", variant=""),
         tuner=replace(settings.tuner, storage="", heartbeat=1, grace=2),
     )
-    return hashlib.sha256((to_yaml(bare) + weights_digest(model)).encode()).hexdigest()
+    return hashlib.sha256((to_yaml(bare) + weights_digest(model) + (str(newer) if newer else "")).encode()).hexdigest()
 
 
 def run_name(folder: Path) -> str:

@@ -1,22 +1,30 @@
 """Before the first trial: what a search will do, what it takes, and what is missing.
 
-Calls of the U-Net are counted in batches of `task.batch` pictures, as everywhere. Their time comes from two timed calls
-on this machine, and so do not count what decoders and objectives take.
+Calls of the U-Net are counted in batches of `task.batch` pictures, as everywhere. Time and memory are those of a call
+and of a decoded batch that are made here, on this machine; what a gradient takes beyond them is counted on fake tensors
+(`rwopt.sampling.memory`). What objectives take is left out. `benchmarks/preflight.py` holds them against a whole run.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwopt.config import Settings
+from rwopt.errors import UserError
+from rwopt.models.memory import most_memory
+from rwopt.objectives import make_set, objective_spec
+from rwopt.objectives.weights import in_bytes
 from rwopt.sampling.backprop import GradientPath, keeps_activations
-from rwopt.sampling.denoise import predict
+from rwopt.sampling.denoise import Condition, predict
+from rwopt.sampling.memory import update_memory
 from rwopt.search.arms import ArmSpec
 from rwopt.search.experiment import Experiment
 from rwopt.tasks import Task
@@ -25,24 +33,65 @@ from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
 
 GIB = 2**30
+SMALL = 50_000_000  # parameters of a U-Net below which the activations of an update are not counted
 DISK = 0.2 * GIB  # what a run folder may take, teachers aside
 
 
 @dataclass
 class Plan:
-    """calls: U-Net calls by what they are for; seconds: of one call; lines: for people; missing: what stops a run."""
+    """calls: U-Net calls by what they are for; seconds: of one; lines: for people; missing: what stops a run; decodes,
+    decode: batches of pictures that are decoded, and seconds of one; memory: bytes at the peak, 0 if unknown."""
 
     calls: dict[str, int]
     seconds: float
     lines: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    decodes: float = 0.0
+    decode: float = 0.0
+    memory: float = 0.0
 
     @property
     def total(self) -> int:
         return sum(self.calls.values())
 
+    @property
+    def time(self) -> float:
+        """Seconds of all calls and decoded batches."""
+        return self.total * self.seconds + self.decodes * self.decode
 
-def planned_calls(settings: Settings, arms: list[ArmSpec], sites: int, taught: bool, kept: bool) -> dict[str, int]:
+    def check(self) -> None:
+        """Raise `UserError` with the first thing that is missing."""
+        if self.missing:
+            more = f" (and {len(self.missing) - 1} more missing)" if len(self.missing) > 1 else ""
+            raise UserError(self.missing[0] + more)
+
+
+def rewards(experiment: Experiment) -> tuple[list[str], list[str]]:
+    """Lines that name every objective in use with its licence, its weights and their size, those of the same weights in
+    one; and lines of what is missing: networks and packages, and what the cases do not give. Loads the networks."""
+    options, groups = experiment.objectives.options, dict[str, list[str]]()
+    specs = dict(experiment.specs) | {name: objective_spec(name) for name in experiment.settings.objective.sets}
+    for name, spec in specs.items():
+        given = ", ".join(f"{key}={value}" for key, value in options.get(name, {}).items())
+        about = [spec.licence, f"{spec.weights}, {in_bytes(spec.size)}" if spec.weights else "no weights"]
+        groups.setdefault("; ".join([*about, *([given] if given else [])]), []).append(name)
+    missing = experiment.objectives.missing(experiment.specs)
+    lines = [f"rewards: {', '.join(names)}: {about}" for about, names in groups.items()]
+    test = experiment.settings.task.test * experiment.settings.task.draws
+    for name in experiment.settings.objective.sets:
+        try:
+            least = make_set(name, **options.get(name, {})).least
+            if test < least:
+                missing[name] = f"objective.sets: {name} says nothing of {test} test pictures: give task.test={least}"
+        except UserError as error:
+            missing[name] = str(error)
+    lacking = [line for split in SPLITS for line in experiment.splits.lacking(split)]
+    return lines, [*missing.values(), *dict.fromkeys(lacking)]
+
+
+def planned_calls(
+    settings: Settings, arms: list[ArmSpec], sites: int, taught: bool, kept: bool, calibrated: bool = False
+) -> dict[str, int]:  # fmt: skip
     """About how many U-Net calls a whole run makes, {what for: calls}. kept: activations are, in a gradient.
 
     Probes are counted as ablation counts, N (1 + S) calls, and the published votes by their rounds and epochs.
@@ -80,9 +129,37 @@ def planned_calls(settings: Settings, arms: list[ArmSpec], sites: int, taught: b
     out["pictures"] = shown * (n * (len(arms) + 1) + task.teacher.steps * taught)
     out["dials"] = tuner.dial_trials * train * n
     out["probes"] = n * (1 + sites)
+    if settings.tuner.guard:
+        looks = sum(1 + (spec.learned or spec.budget != "none") for spec in arms)
+        out["guard"] = looks * validation * n  # at least; one more for each trial that is the best so far
+    if calibrated:
+        out["calibration"] = train * n
+    if settings.objective.sets:
+        out["sets"] = len(arms) * test * n
     if any(spec.published for spec in arms):
         out["probes"] += 2 * n * settings.analytic.rounds * settings.analytic.epochs
     return {name: calls for name, calls in out.items() if calls}
+
+
+def planned_decodes(settings: Settings, calls: Mapping[str, int]) -> float:
+    """About how many batches of pictures the calls of a plan end in. Probes end in none; a gradient runs the decoder as
+    often as it runs each call."""
+    steps = {"teacher": settings.task.teacher.steps, "probes": math.inf}
+    return sum(count / steps.get(name, settings.task.steps) for name, count in calls.items())
+
+
+def timed_decode(task: Task) -> float:
+    """Seconds of decoding a batch of the task's pictures: the second time, unless the first was long."""
+    latents, seconds = task.noise[: task.batch], math.inf
+    for _ in range(2):
+        _wait(latents.device)
+        start = time.perf_counter()
+        task.decoded(latents)
+        _wait(latents.device)
+        seconds = min(seconds, time.perf_counter() - start)
+        if seconds > 2:
+            break
+    return seconds * task.batch / len(latents)
 
 
 def timed_call(experiment: Experiment, task: Task) -> float:
@@ -107,15 +184,21 @@ def _wait(device: torch.device) -> None:
 def preflight(experiment: Experiment, arms: list[ArmSpec], folder: Path) -> Plan:
     """The plan of a search. Makes a few U-Net calls, of one batch; loads the cases."""
     settings, model = experiment.settings, experiment.model
+    told, missing = rewards(experiment)
+    if missing:
+        return Plan({}, 0.0, [*told, *(f"missing: {line}" for line in missing)], missing)
     before = model.calls
     sites = list_sites(model.unet, settings.weights.kinds)
     task = experiment.splits.prepare(experiment.splits.cases("validation")[: settings.task.batch], taught=False)
     with Attachment(model.unet, [s.id for s in sites], settings.weights.mode) as hooks:
         x, cond, course = task.inputs(hooks, experiment.base, slice(0, settings.gradient.batch))
         kept = keeps_activations(model, hooks, x, cond, len(course))
-    calls = planned_calls(settings, arms, len(sites), experiment.splits.taught, kept)
+    loaded = most_memory(model.device)
+    calls = planned_calls(settings, arms, len(sites), experiment.splits.taught, kept, experiment.calibrated)
     plan = Plan(calls, timed_call(experiment, task))
+    plan.decodes, plan.decode = planned_decodes(settings, calls), timed_decode(task)
     model.calls = before
+    plan.memory = max(most_memory(model.device), loaded + _update_bytes(experiment, arms, hooks, x, cond, kept))
     height, width = model.picture_size
     every = [case for split in SPLITS for case in experiment.splits.cases(split)]
     cases = ", ".join(f"{getattr(settings.task, split)} {split}" for split in SPLITS)
@@ -126,11 +209,13 @@ def preflight(experiment: Experiment, arms: list[ArmSpec], folder: Path) -> Plan
         f"cases: {cases} of {settings.task.cases}; {settings.task.steps} calls of {settings.task.sampler}, "
         f"{settings.task.grid}",
         *(f"pictures: {note}" for note in notes(every)),
+        *told,
         f"arms: {', '.join(spec.name for spec in arms)}",
         f"U-Net calls of {settings.task.batch} pictures: about {plan.total:,} ({_shares(calls)})",
-        f"time: about {duration(plan.total * plan.seconds)} at {plan.seconds:.3g} s a call, decoders, objectives aside",
+        f"time: about {duration(plan.time)} at {plan.seconds:.3g} s a call and {plan.decode:.3g} s for decoding "
+        f"{settings.task.batch} pictures, objectives aside",
     ]
-    plan.lines += _memory(experiment, kept)
+    plan.lines += _memory(experiment, kept, plan.memory)
     place = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
     free = shutil.disk_usage(place).free
     plan.lines.append(f"disk: {free / GIB:.1f} GiB free at {folder}")
@@ -139,13 +224,34 @@ def preflight(experiment: Experiment, arms: list[ArmSpec], folder: Path) -> Plan
     return plan
 
 
-def _memory(experiment: Experiment, kept: bool) -> list[str]:
+def _update_bytes(
+    experiment: Experiment, arms: Sequence[ArmSpec], hooks: Attachment, x: Tensor, cond: Condition, kept: bool
+) -> float:
+    """What an update of a gradient takes beside the networks; 0 where there is none, and for small networks, whose
+    activations do not matter beside the libraries. `x`, `cond`: of such an update's pictures."""
+    settings, model, gradient = experiment.settings, experiment.model, experiment.settings.gradient
+    wanted = settings.tuner.name == "gradient" or (settings.tuner.name == "auto" and experiment.differentiable)
+    small = sum(p.numel() for p in model.unet.parameters()) < SMALL
+    if small or not wanted or not any(spec.learned for spec in arms):
+        return 0.0
+    path = GradientPath(gradient.mode, gradient.last, gradient.stride)
+    tokens, guided = cond.positive.shape[1], cond.negative is not None
+    found = update_memory(model, hooks.sites, gradient.batch, path, 1, tokens, guided)
+    more = 0.0
+    if kept:  # of all calls, and the decoder's backward pass ends before theirs begins
+        each = model.row_bytes(hooks.sites, hooks.mode, x.shape[1:], cond.positive.shape[1:])
+        more = (settings.task.steps - 1) * gradient.batch * cond.each * each
+    return found.peak - found.weights + more
+
+
+def _memory(experiment: Experiment, kept: bool, most: float) -> list[str]:
     model = experiment.model
     weights = sum(
         p.numel() * p.element_size() for net in (model.unet, model.vae) for p in net.parameters()
     )  # fmt: skip
     how = "are kept" if kept else "are made twice"
-    line = f"memory: U-Net and VAE {weights / GIB:.2f} GiB; activations of a gradient {how}"
+    line = f"memory: about {most / GIB:.1f} GiB at the peak; U-Net and VAE {weights / GIB:.2f} GiB; activations of a "
+    line += f"gradient {how}"
     if model.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(model.device)
         line += f"; {free / GIB:.1f} of {whole / GIB:.1f} GiB are free on the card"

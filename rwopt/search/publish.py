@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rwopt.objectives import objective_spec
 from rwopt.probes import Importance
 from rwopt.report import (
     Report,
@@ -24,12 +25,13 @@ from rwopt.results import ArmMeans
 from rwopt.schedule import Schedule, noise_block
 from rwopt.schedule.samplers import SAMPLERS
 from rwopt.search.arms import LEARNED, Arm
-from rwopt.search.evaluation import compare
+from rwopt.search.evaluation import Scores, compare
 from rwopt.search.experiment import Experiment
+from rwopt.search.guard import sentence
 from rwopt.search.identity import version, versions
 from rwopt.search.space import dial_box
 from rwopt.search.tuning import ArmTuner
-from rwopt.search.verdict import report_metrics, verdict
+from rwopt.search.verdict import report_metrics, shares, verdict
 from rwopt.tasks.pictures import to_pictures
 from rwopt.tracking import FanOut
 
@@ -54,7 +56,8 @@ def describe(experiment: Experiment, arm: Arm, command: str) -> Schedule:
             "num_inference_steps": task.steps,
             "scheduler": scheduler_of(task.sampler, task.grid),
             "guidance_scale": arm.dials.guidance,
-            **({"strength": arm.dials.strength} if edit else {}),
+            **({"strength": arm.dials.strength} if task.has_strength else {}),
+            **({"image_guidance_scale": arm.dials.image_guidance} if task.kind == "instruct" else {}),
             "resolution": [int(n) for n in references.shape[-2:]],
         },
         provenance={
@@ -106,6 +109,17 @@ def picture_grid(experiment: Experiment, arms: Mapping[str, Arm], path: Path, ro
     image_grid(columns, path, captions)
 
 
+def _set_line(name: str, arms: Mapping[str, Mapping[str, float]]) -> str:
+    spec = objective_spec(name)
+    told = []
+    for arm, x in arms.items():
+        p = "" if np.isnan(x["p"]) else f", p {x['p']:.2g}"
+        told.append(f"{arm} {x['value']:.4g} (sd {x['sd']:.2g}{p})")
+    count = int(next(iter(arms.values()))["n"])
+    direction = "higher" if spec.higher_is_better else "lower"
+    return f"{name} of {count} test pictures ({direction} is better): {', '.join(told)}."
+
+
 class Publisher:
     """Reports the arms of one run into its folder."""
 
@@ -141,11 +155,32 @@ class Publisher:
             settings=asdict(settings),
             versions=versions(),
             command=command,
-            verdict=verdict(paired),
+            verdict=[*verdict(paired), *self._guarded(arms), *self._shares(scores), *self._sets(arms)],
         )
 
+    def _guarded(self, arms: Sequence[Arm]) -> list[str]:
+        """What became of the guard: of the learned arm, and of all others that broke it or were stopped."""
+        weights = self.tuner.kept(f"{LEARNED} weights")  # the first half of the learned arm
+        lines = []
+        for arm in [*arms, *([weights] if weights else [])]:
+            about = arm.choice.get("guard")
+            if about and (arm.name == LEARNED or about["stopped"] or not about["kept"]):
+                lines.append(sentence(arm.name, about))
+        return lines
+
+    def _shares(self, scores: Mapping[str, Scores]) -> list[str]:
+        """Which metrics do not have a score for every picture."""
+        metrics = self.settings.objective.report
+        return shares({name: {arm: found.valid(name) for arm, found in scores.items()} for name in metrics})
+
+    def _sets(self, arms: Sequence[Arm]) -> list[str]:
+        """What the set objectives say, a sentence each."""
+        names = self.settings.objective.sets
+        found = {arm.name: self.tuner.sets(arm, names) for arm in arms} if names else {}
+        return [_set_line(name, {arm: values[name] for arm, values in found.items()}) for name in names]
+
     def _dials(self, arm: Arm) -> str:
-        names = [p.name for p in dial_box(self.settings.task.name, self.settings.dials)]
+        names = [p.name for p in dial_box(self.settings.task, self.settings.dials)]
         return ", ".join(f"{n} {arm.dials.to_dict()[n]:g}" for n in names)
 
     def publish(

@@ -16,6 +16,7 @@ from rwopt.config import Settings, to_yaml
 from rwopt.errors import UserError
 from rwopt.files import locked, sweep, write_text
 from rwopt.models import load_model
+from rwopt.objectives import objective_spec
 from rwopt.probes import make_probe
 from rwopt.progress import Progress
 from rwopt.report import Report
@@ -54,8 +55,8 @@ class Search:
         stored = folder / "recipe.yaml"
         if stored.exists() and stored.read_text() != text:
             raise UserError(f"{stored} differs from this recipe: resume without overrides, or use a new folder")
-        model = load_model(**asdict(settings.model), size=settings.task.size)
-        self.experiment = Experiment(settings, model, teachers or folder / "teacher")
+        model = load_model(**asdict(settings.model), size=settings.task.size, method=settings.task.kind)
+        self.experiment = Experiment(settings, model, teachers or folder / "teacher", folder)
         self.tuner = ArmTuner(self.experiment, folder, progress, fingerprint(settings, model))
         self.probing = Probing(self.experiment, folder)
         self._check()
@@ -75,7 +76,12 @@ class Search:
             )
         make_probe(settings.probe.name, **settings.probe.options)
         list_sites(model.unet, settings.weights.kinds)
-        least = settings.dials.strength_bounds[0] if settings.task.name == "editing" else 1.0
+        for name in settings.objective.sets:
+            if objective_spec(name).level != "set":
+                raise UserError(f"objective.sets: {name} scores single pictures: put it in objective.report")
+        for name in settings.objective.options:
+            objective_spec(name)
+        least = settings.dials.strength_bounds[0] if settings.task.has_strength else 1.0
         course_by_rule(model, settings.task.steps, settings.task.sampler, settings.task.grid, least)
 
     def _check_cases(self) -> None:
@@ -95,10 +101,13 @@ class Search:
 
     def preflight(self) -> Plan:
         """What this run will do and take. Raises `UserError` for what is missing."""
-        plan = preflight(self.experiment, self.arms, self.folder)
-        if plan.missing:
-            raise UserError(plan.missing[0])
+        plan = self.plan()
+        plan.check()
         return plan
+
+    def plan(self) -> Plan:
+        """`preflight` that leaves it to the caller to check what is missing."""
+        return preflight(self.experiment, self.arms, self.folder)
 
     # stages
 
@@ -115,7 +124,7 @@ class Search:
         Weights that make an edit surer can do with less of it, and a short search may not think of that by itself.
         """
         tuned = dials.dials.to_dict()
-        if self.settings.task.name != "editing":
+        if not self.settings.task.has_strength:
             return {"tuned": tuned}
         return {"tuned": tuned, "weaker": {**tuned, "strength": tuned["strength"] - 0.1}}
 
@@ -186,7 +195,7 @@ class Search:
 
     def _reach(self, dials: Dials) -> float:
         """`Task.reach`, for which no task needs to be made."""
-        return dials.strength if self.settings.task.name == "editing" else 1.0
+        return dials.strength if self.settings.task.has_strength else 1.0
 
     def learn(self, dials: Arm, seed: int, spec: ArmSpec = ARMS[LEARNED], name: str = "") -> Arm:
         """A learned arm: weights and the sampler's dials at the tuned guidance and strength, then these once more."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rwopt.config import DialSettings
+from rwopt.config import DialSettings, TaskSettings
 from rwopt.schedule import Schedule
 from rwopt.schedule.steps import StepFunction
 from rwopt.schedule.weights import WeightFunction
@@ -22,13 +22,17 @@ from rwopt.tuners import Parameter
 Point = Mapping[str, float]
 
 
-def dial_box(task: str, dials: DialSettings) -> list[Parameter]:
-    """The box of guidance scale and, for an edit, strength (on a grid of 0.05, so that inversions are shared)."""
+def dial_box(task: TaskSettings, dials: DialSettings) -> list[Parameter]:
+    """The box of guidance scale, of strength where the task has it (on a grid of 0.05, so that inversions are shared),
+    and for instructions of the scale of guidance towards the source."""
     low, high = dials.guidance_bounds
     box = [Parameter("guidance", low, high, step=0.25)]
-    if task == "editing":
+    if task.has_strength:
         low, high = dials.strength_bounds
         box.append(Parameter("strength", low, high, step=0.05))
+    if task.kind == "instruct":
+        low, high = dials.image_guidance_bounds
+        box.append(Parameter("image_guidance", low, high, step=0.05))
     return box
 
 
@@ -50,7 +54,7 @@ def theta_box(names: Sequence[str], starts: Sequence[np.ndarray], reach: np.ndar
 
 def dials_of(point: Point, base: Dials) -> Dials:
     """The point's dials; those that it does not name are `base`'s."""
-    return Dials(point.get("guidance", base.guidance), point.get("strength", base.strength))
+    return Dials(**{name: point.get(name, value) for name, value in base.to_dict().items()})
 
 
 @dataclass(frozen=True)

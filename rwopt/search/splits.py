@@ -11,11 +11,14 @@ import torch
 from rwopt.config import TaskSettings
 from rwopt.errors import UserError
 from rwopt.models import Model
-from rwopt.objectives import make_objective
+from rwopt.objectives import objective_spec
 from rwopt.sampling.course import course_by_rule
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import Case, digest, load_cases
 from rwopt.tasks.teacher import teach
+
+GIVEN = {"truth": "truth", "mask": "mask", "source_prompts": "source_caption", "target": "target"}
+"""What a batch has if all cases have it: field of the batch -> field of a case."""
 
 
 class Splits:
@@ -39,7 +42,7 @@ class Splits:
     @property
     def taught(self) -> bool:
         """Whether an objective needs a teacher."""
-        return any({"teacher", "teacher_latents"} & make_objective(name).spec.needs for name in self.objectives)
+        return any({"teacher", "teacher_latents"} & objective_spec(name).needs for name in self.objectives)
 
     def cases(self, split: str) -> list[Case]:
         """The recipe's cases of one split."""
@@ -94,8 +97,25 @@ class Splits:
             blank = torch.zeros(len(task), 3, 1, 1)
             given = task.describe(blank, blank)
             for name in self.objectives:
-                for need in sorted(make_objective(name).spec.needs):
+                for need in sorted(objective_spec(name).needs):
                     if getattr(given, need) is None:
-                        raise UserError(f"objective {name} needs {need}, which {task.name} cases ({split}) do not give")
+                        raise UserError(self._lacks(name, need, split))
             self._tasks[split] = task
         return self._tasks[split]
+
+    def lacking(self, split: str) -> list[str]:
+        """What objectives need and the cases of a split do not give, a line each; no task is made for it."""
+        cases = self.cases(split)
+        given = {need for need, field in GIVEN.items() if all(_has(getattr(case, field)) for case in cases)}
+        return [
+            self._lacks(name, need, split)
+            for name in self.objectives
+            for need in sorted((objective_spec(name).needs & GIVEN.keys()) - given)
+        ]
+
+    def _lacks(self, name: str, need: str, split: str) -> str:
+        return f"objective {name} needs {need}, which {self.settings.name} cases ({split}) do not give"
+
+
+def _has(value: object) -> bool:
+    return value is not None and (not isinstance(value, str | dict) or bool(value))

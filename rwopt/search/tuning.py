@@ -15,12 +15,14 @@ import numpy as np
 
 from rwopt.config import to_yaml
 from rwopt.files import write_text
+from rwopt.objectives import calibration, make_set
 from rwopt.progress import Progress
 from rwopt.schedule import Schedule
 from rwopt.schedule.weights import WeightFunction
 from rwopt.search.arms import Arm
 from rwopt.search.evaluation import Scores
 from rwopt.search.experiment import Experiment
+from rwopt.search.guard import Broken
 from rwopt.search.identity import run_name
 from rwopt.search.space import Decoder, Point, dial_box, near, theta_box
 from rwopt.tasks import Dials
@@ -64,6 +66,24 @@ class ArmTuner:
         write_text(path, json.dumps(data))
         return Scores.from_json(data)  # as a later run reads them, to the last digit
 
+    def sets(self, arm: Arm, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Set objectives of one arm's test pictures against the true ones, those of the teacher, or the sources,
+        whichever there are first: {name: value, sd, n, p}; kept in `arms/<name>.sets.json`."""
+        path = self.folder / "arms" / f"{arm.name}.sets.json"
+        if path.exists():
+            kept: dict[str, dict[str, float]] = json.loads(path.read_text())
+            return kept
+        batch = self.experiment.splits.task("test").made(arm.dials, arm.schedule)
+        real = next(x for x in (batch.truth, batch.teacher, batch.reference) if x is not None)
+        out = {}
+        for name in names:
+            objective = make_set(name, **self.settings.objective.options.get(name, {}))
+            objective.update(real, real=True)
+            objective.update(batch.images, real=False)
+            out[name] = dict(objective.compute().to_dict())
+        write_text(path, json.dumps(out))
+        return out
+
     def fixed(self, name: str, schedule: Schedule | None = None, note: str = "") -> Arm:
         """An arm with the recipe's own dials: nothing to tune."""
         done = self.kept(name)
@@ -79,6 +99,7 @@ class ArmTuner:
         done = self.kept(name)
         if done is not None:
             return done
+        self.experiment.calibrate()
         base, evaluator, before = self.experiment.base, self.experiment.evaluator, self.experiment.model.calls
         scores = {
             key: (evaluator.of("validation", (base, schedule))[0].scores or (np.nan,))[0]
@@ -96,7 +117,7 @@ class ArmTuner:
         note: str = "", spent: tuple[int, int] = (0, 0), around: Dials | None = None,
     ) -> Arm:  # fmt: skip
         """The best guidance (and strength) for a schedule: in the recipe's box, or the part of it `around` some."""
-        space = dial_box(self.settings.task.name, self.settings.dials)
+        space = dial_box(self.settings.task, self.settings.dials)
         if around is not None:
             space = [near(p, around.to_dict()[p.name]) for p in space]
         decode = Decoder(self.experiment.base, schedule=schedule)
@@ -163,6 +184,7 @@ class ArmTuner:
         if done is not None:
             self._skip(name, study, trials)
             return done
+        self.experiment.calibrate()
         model, splits, evaluator = self.experiment.model, self.experiment.splits, self.experiment.evaluator
         tasks = [splits.task("train"), splits.task("validation")]  # made first: their own calls are nobody's
         before = model.calls - splits.teaching
@@ -173,9 +195,10 @@ class ArmTuner:
         there = ended(tuner)
         self._skip(name, study, len(there))
         known, finished, best = {t.candidate.number for t in there}, list[Trial](), -np.inf
+        watch, guarding = evaluator.watch(decode), 0
 
         def on_trial(trial: Trial) -> None:
-            nonlocal best
+            nonlocal best, guarding
             if not np.isnan(trial.score):
                 finished.append(trial)
                 best = max(best, trial.score)
@@ -184,16 +207,25 @@ class ArmTuner:
             if trial.candidate.number not in known:
                 self._counted[study] += 1
                 self.progress.advance(name, best)
+            if not np.isnan(trial.score):
+                before = model.calls
+                try:
+                    watch.see(trial)
+                finally:
+                    guarding += model.calls - before
 
         def evaluate(candidate: Candidate, report: Report) -> Outcome:
             return evaluator.train(*decode(candidate.values), candidate.number, report)
 
-        work(tuner, trials, evaluate, on_trial, f"arm {name}", batched=evaluator.batched(decode))
+        try:
+            work(tuner, trials, evaluate, on_trial, f"arm {name}", batched=evaluator.batched(decode))
+        except Broken:  # what was found before is what there is
+            self._skip(name, study, trials)
         before = model.calls
-        chosen, outcome, choice = evaluator.choose(name, finished, decode, self.settings.tuner.top_k)
+        chosen, outcome, choice = evaluator.choose(name, finished, decode, self.settings.tuner.top_k, watch)
         assert outcome.scores is not None
         tried = ended(tuner)  # with those given up, and what the tuner itself spent on its proposals
-        calls = spent[1] + opening + sum(t.calls for t in tried) + model.calls - before
+        calls = spent[1] + opening + sum(t.calls for t in tried) + guarding + model.calls - before
         return self.keep(Arm(
             name, *decode(chosen.candidate.values), chosen.score, outcome.scores[0], spent[0] + len(tried), calls,
             dict(chosen.candidate.values), [(t.candidate.origin, t.score) for t in finished], note, choice,
@@ -222,6 +254,8 @@ class ArmTuner:
             storage, name = wanted.storage, f"{run_name(self.folder)}/{study}"
             sharing = Sharing(wanted.heartbeat, wanted.grace)
             about = {"recipe": to_yaml(self.settings), "decoder": decode.to_dict()}
+            if self.experiment.calibrated:
+                about["calibration"] = calibration.to_json(self.experiment.calibrate())
         return OptunaTuner(
             name, space, storage, trials, seed, wanted.sampler, starts, self.fingerprint,
             self.experiment.evaluator.labels, bool(wanted.limits), wanted.prune, sharing, about,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rwopt.config import Settings
-from rwopt.objectives import ObjectiveSpec, make_objective
+from rwopt.objectives import ObjectiveSpec, objective_spec
+from rwopt.objectives.composite import Composite
 from rwopt.results import Metric, Paired
 from rwopt.search.evaluation import HELD_OUT, OBJECTIVE
 
@@ -15,7 +16,7 @@ def report_metrics(settings: Settings) -> list[Metric]:
     judged = any(name.startswith("scorer.") for name in settings.objective.terms)  # else there is no second opinion
     columns = [Metric(OBJECTIVE, True, True, _format(settings))] + [Metric(HELD_OUT, False)] * judged
     for name, optimised in settings.objective.report.items():
-        spec = make_objective(name).spec
+        spec = objective_spec(name)
         columns.append(Metric(name, optimised, spec.higher_is_better, _digits(spec)))
     return columns
 
@@ -26,7 +27,9 @@ def _digits(spec: ObjectiveSpec) -> str:
 
 
 def _format(settings: Settings) -> str:
-    return _digits(make_objective(next(iter(settings.objective.terms))).spec)
+    wanted = settings.objective
+    composite = Composite(wanted.terms, combine=wanted.combine)
+    return ".3f" if composite.calibrated else _digits(next(iter(composite.specs.values())))
 
 
 def headline(settings: Settings) -> list[str]:
@@ -38,13 +41,17 @@ def headline(settings: Settings) -> list[str]:
 def explain(settings: Settings) -> str:
     """What the two headline metrics are, for somebody who did not write the recipe."""
     terms = ", ".join(n if w == 1 else f"{n} (weight {w:g})" for n, w in settings.objective.terms.items())
-    if len(settings.objective.terms) == 1:
-        about = make_objective(terms.split(" ")[0]).spec.about
-        return f"{OBJECTIVE}: what the search saw, {terms.split(' ')[0]}: {about}. judge.*: by a network it never saw."
-    return (
-        f"{OBJECTIVE}: what the search saw, the geometric mean of {terms}. "
-        f"{HELD_OUT}: the same from a judge that it never saw."
-    )
+    wanted = settings.objective
+    held_out = any(name.startswith("scorer.") for name in wanted.terms)
+    second = f"{HELD_OUT}: the same from a judge that it never saw." if held_out else "Others: held-out evidence."
+    if Composite(wanted.terms, combine=wanted.combine).calibrated:
+        return (f"{OBJECTIVE}: what the search saw, the sum of {terms}, each as standard deviations above the plain "
+                f"model's mean on train cases. {second}")  # fmt: skip
+    if len(wanted.terms) == 1:
+        name = next(iter(wanted.terms))
+        about = f"{name}: {objective_spec(name).about}"
+        return f"{OBJECTIVE}: what the search saw, {about}. judge.*: by a network it never saw."
+    return f"{OBJECTIVE}: what the search saw, the geometric mean of {terms}. {second}"
 
 
 def verdict(paired: Sequence[Paired]) -> list[str]:
@@ -77,9 +84,19 @@ def verdict(paired: Sequence[Paired]) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
+def shares(valid: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence for each metric that not all pictures have a score for; valid: {metric: {arm: share}}."""
+    lines = []
+    for metric, arms in valid.items():
+        if min(arms.values(), default=1.0) < 1:
+            told = ", ".join(f"{share:.1%} of {arm}'s" for arm, share in arms.items())
+            lines.append(f"{metric} has a score for {told} pictures; the others take no part in its mean.")
+    return lines
+
+
 def better(row: Paired) -> int:
     """+1 where a is better with its interval off zero, -1 where it is worse, else 0 (with regard to the direction)."""
-    up = row.metric in (OBJECTIVE, HELD_OUT) or make_objective(row.metric).spec.higher_is_better
+    up = row.metric in (OBJECTIVE, HELD_OUT) or objective_spec(row.metric).higher_is_better
     sign = 1 if up else -1
     if row.low > 0:
         return sign

@@ -16,6 +16,7 @@ from typing import Any
 from rwopt.config import Settings
 from rwopt.errors import UserError
 from rwopt.models import load_model
+from rwopt.objectives import calibration
 from rwopt.search.experiment import Experiment
 from rwopt.search.identity import fingerprint, run_name
 from rwopt.search.space import Decoder
@@ -58,9 +59,11 @@ def join(target: str, storage: str | None, read: Read, wait: float, say: Say) ->
         for study, attrs in ready.items():
             if experiment is None:
                 settings = read(attrs["plan"]["recipe"])
-                model = load_model(**asdict(settings.model), size=settings.task.size)
+                model = load_model(**asdict(settings.model), size=settings.task.size, method=settings.task.kind)
                 experiment, mark = Experiment(settings, model), fingerprint(settings, model)
                 sharing = Sharing(settings.tuner.heartbeat, settings.tuner.grace)
+                if "calibration" in attrs["plan"]:
+                    experiment.calibrate(calibration.from_json(attrs["plan"]["calibration"]))
                 store = open_storage(url, sharing.heartbeat, sharing.grace)  # as all others of this study have it
             if study not in tuners:
                 tuners[study] = OptunaTuner.join(study, store, mark, sharing)

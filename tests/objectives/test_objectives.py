@@ -14,14 +14,16 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from rwopt.errors import UserError
 from rwopt.models.judge import Judge
-from rwopt.objectives import Batch, Objective, ObjectiveSpec, make_objective, objective_names
+from rwopt.objectives import Batch, Objective, ObjectiveSpec, avatar, make_objective, pixel, teacher
 from rwopt.objectives.avatar import Panel, panel
 from rwopt.objectives.composite import Composite
 
 N = 4
 CHANGES = [["hair_color"], ["glasses"], ["mouth"], ["background"]]
 HIDDEN: list[list[str]] = [[], ["eyes"], ["hair_color", "hair"], []]
-NAMES = objective_names()
+NAMES = [name for family in (avatar, pixel, teacher) for name in family.specs()]  # test_contract.py has all others
+CUT = (".success", ".identity", ".saturation", ".ms_ssim")  # at 0, where random pictures may lie
+PARTIAL = ("face.",)  # these pictures show no face
 TERMS = {"scorer.success": 1.0, "scorer.kept": 1.0, "scorer.identity": 1.0, "scorer.realism": 0.5}
 
 
@@ -65,7 +67,8 @@ def take(batch: Batch, order: list[int]) -> Batch:
     def pick(value: Any) -> Any:
         return value[order] if isinstance(value, Tensor) else [value[i] for i in order]
 
-    return Batch(**{f.name: pick(getattr(batch, f.name)) for f in fields(batch)})
+    known = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return Batch(**{name: pick(value) for name, value in known.items() if value is not None})
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -81,7 +84,7 @@ class TestContract:
         objective = make_objective(name)
         scores = objective(batch)
         assert scores.shape == (N,)
-        assert scores.isfinite().all()
+        assert (scores.isfinite() | (scores.isnan() & name.startswith(PARTIAL))).all()
         close(scores, torch.cat([objective(take(batch, [i])) for i in range(N)]))
         order = [2, 0, 3, 1]
         close(scores[order], objective(take(batch, order)))
@@ -94,7 +97,7 @@ class TestContract:
         if objective.spec.differentiable:
             gradient = torch.autograd.grad(scores.sum(), seen)[0]
             assert gradient.isfinite().all()
-            if not name.endswith((".success", ".identity")):  # these are cut at 0, where random pictures may lie
+            if not name.endswith(CUT):
                 assert (gradient.abs().flatten(1).sum(1) > 0).all()
             rows = [torch.autograd.grad(objective(batch)[i], seen)[0] for i in (0,)]
             close(rows[0][0], gradient[0])

@@ -117,7 +117,7 @@ def test_the_plain_arm_is_untouched_and_dials_stay_in_their_box(finished: Any, s
     assert plain.schedule is None
     assert plain.dials == search.experiment.base
     assert plain.history == []
-    box = {p.name: p for p in dial_box("editing", settings.dials)}
+    box = {p.name: p for p in dial_box(settings.task, settings.dials)}
     centre = arm(folder, "dials").dials.to_dict()
     for name in [*ARMS[1:], "dials"]:
         made = arm(folder, name)
@@ -268,7 +268,7 @@ def test_other_tuners_search_the_same_box(
     ("change", "said"),
     [
         (["objective.terms.scorer.kep=1"], "scorer.kept"),
-        (["objective.terms.truth.psnr=1"], "geometric mean"),
+        (["objective.terms.truth.psnr=1", "objective.combine=geometric"], "geometric mean"),
         (["task.grid=14.6,2.9,0.3"], "has 3 noise levels: give 2"),
         (["objective.report.judge.kep=false"], "judge.kept"),
         (["probe.options={drws: 2}"], "drws"),
