@@ -44,8 +44,12 @@ NOTES = {name: spec.note for name, spec in ARMS.items()} | {
 }
 
 
-def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: bool) -> dict[str, Any]:
-    """All arms, scored on the test cases: the content of the result file."""
+def run(
+    recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: bool, only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All arms (or `only` some, and the learned one), scored on the test cases: the content of the result file."""
+    if only:
+        overrides = [*overrides, f"arms=[{','.join([*(name for name in only if name in ARMS), LEARNED])}]"]
     settings = config.load(recipe, [*overrides, "track.wandb=off"])
     with Bar() as bar:
         search = Search(settings, folder, bar)
@@ -54,9 +58,11 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
         black_box = [*overrides, "track.wandb=off", *BLACK_BOX, f"tuner.trials={trials}"]
         other = Search(config.load(recipe, black_box), folder / "black box", bar)
         repeats = {"constant": min(seeds, 3), "black box": 1, "learned": seeds}
-        learned = repeats["constant"] + repeats["learned"] - 2  # beside the two of a search
+        if only:
+            repeats = {name: many for name, many in repeats.items() if name in (*only, LEARNED)}
+        learned = repeats.get("constant", 1) + repeats["learned"] - 2  # beside the two of a search
         bar.start(search.evaluations + learned * (settings.tuner.trials + 2 * dial_trials)
-                  + repeats["black box"] * (trials + 2 * dial_trials) + dial_trials)  # fmt: skip
+                  + repeats.get("black box", 0) * (trials + 2 * dial_trials) + dial_trials)  # fmt: skip
         dials = search.dials()
         arms = {spec.name: [search.make(spec, dials)] for spec in search.arms if not spec.learned}
         for name in repeats:
@@ -72,7 +78,8 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
             first = {name: group[0] for name, group in arms.items()}
             picture_grid(search.experiment, first, ROOT.parent / "docs" / f"{recipe}.png")
     pairs = [("learned", other) for other in arms if other != "learned"]
-    pairs += [("constant", "best guidance"), ("constant", "analytic"), ("best guidance", "plain")]
+    more = [("constant", "best guidance"), ("constant", "analytic"), ("best guidance", "plain")]
+    pairs += [(a, b) for a, b in more if a in arms and b in arms]
     paired = [
         compare(scores[a], scores[b], m.name, (a, b), m.optimised, "test", m.higher_is_better)
         for a, b in pairs
@@ -80,7 +87,8 @@ def run(recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: 
     ]
     return {
         "name": recipe,
-        "command": f"python benchmarks/{recipe}.py" + (" --quick" if quick else f" --seeds {seeds}"),
+        "command": f"python benchmarks/{recipe}.py" + (" --quick" if quick else f" --seeds {seeds}")
+        + "".join(f" --arm '{name}'" for name in only),
         "quick": quick,
         "settings": asdict(settings),
         "versions": versions(),
@@ -108,7 +116,8 @@ def mean(scores: Sequence[Scores]) -> dict[str, float]:
 
 SHOWN = {
     "editing": ["objective", "judge.objective", "judge.success_accuracy", "judge.realism", "truth.psnr"],
-    "generation": ["objective", "judge.objective", "judge.accuracy", "judge.realism", "judge.identity"],
+    "generation": ["objective", "judge.objective", "judge.accuracy", "judge.realism", "judge.identity",
+                   "quality.flat_noise"],
 }  # the result file has all
 
 
@@ -176,6 +185,7 @@ def main(recipe: str) -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute: few cases and trials, own file")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="only make the table again from the result file")
+    parser.add_argument("--arm", action="append", default=[], help="only this arm beside the learned one; repeatable")
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-<recipe>)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -187,7 +197,7 @@ def main(recipe: str) -> None:
     if args.table:
         result = json.loads(file.read_text())
     else:
-        result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick)
+        result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick, args.arm)
         write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:

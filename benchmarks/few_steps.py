@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,31 @@ ROOT = Path(__file__).resolve().parent
 RECIPE = "few-steps"
 PLAIN_CALLS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
 CONTROLS = ("plain", "best guidance", "analytic", "constant", "clock", "clock and told", "weights", "weights and clock")
-# {sampler: {calls: (learned seeds, seeds of the dials without weights, whether all controls are run)}}
+FEATURES = "learned, features"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One number of calls of one sampler: seeds of the learned arm, of the dials without weights, and of what is
+    learned by PSNR and the scorer's features together; whether all controls are run."""
+
+    learned: int
+    dials: int
+    features: int = 0
+    controls: bool = False
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        return {"learned": self.learned, "sampler dials": self.dials, FEATURES: self.features}
+
+
 PLAN = {
-    "dpmpp_2m": {3: (5, 3, True), 2: (5, 3, True), 4: (5, 2, False), 6: (5, 2, False), 8: (5, 1, False),
-                 10: (5, 1, False)},
+    "dpmpp_2m": {3: Part(5, 3, 3, True), 2: Part(5, 3, 5, True), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 1),
+                 10: Part(5, 1)},
     # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
-    "ddim": {4: (5, 2, False), 3: (5, 2, False), 6: (5, 1, False)},
+    "ddim": {4: Part(5, 2), 3: Part(5, 2)},
 }
-QUICK = {"dpmpp_2m": {2: (2, 1, True)}, "ddim": {2: (1, 1, False)}}
+QUICK = {"dpmpp_2m": {2: Part(2, 1, 1, True)}, "ddim": {2: Part(1, 1)}}
 FULL = ["task.train=96", "task.validation=24", "task.test=256", "tuner.trials=4", "gradient.updates=16",
         "gradient.batch=24", "gradient.rate=0.06",
         "arms=[plain,best solver,best guidance,analytic,constant,clock,sampler dials,weights,learned]"]  # fmt: skip
@@ -62,19 +79,22 @@ class Bench:
 
     def __init__(self, folder: Path, quick: bool, seeds: int) -> None:
         self.folder, self.quick, self.seeds = folder, quick, seeds
-        self.plan: dict[str, dict[int, tuple[int, int, bool]]] = QUICK if quick else PLAN
+        self.plan: dict[str, dict[int, Part]] = QUICK if quick else PLAN
         self.counts = (1, 2, 3, 4) if quick else PLAIN_CALLS
 
-    def search(self, sampler: str, calls: int) -> Search:
+    def search(self, sampler: str, calls: int, features: bool = False) -> Search:
         words = [*(SMALL if self.quick else FULL), f"task.steps={calls}", f"task.sampler={sampler}", "track.wandb=off"]
-        return Search(config.load(RECIPE, words), self.folder / f"{sampler}-{calls}", Silent(), self.folder / "teacher")
+        name = f"{sampler}-{calls}"
+        if features:  # as many standard deviations of the plain model's scores of the one as of the other
+            words, name = [*words, "objective.terms.teacher.features.scorer=1"], f"{name}-features"
+        return Search(config.load(RECIPE, words), self.folder / name, Silent(), self.folder / "teacher")
 
     def jobs(self) -> Iterator[tuple[str, int]]:
         yield from ((sampler, calls) for sampler, plan in self.plan.items() for calls in plan)
 
     def work(self) -> None:
         """What is not done yet, and not in another process's hands."""
-        repeated = [(sampler, calls) for sampler, calls in self.jobs() if self.plan[sampler][calls][0] > 1]
+        repeated = [(sampler, calls) for sampler, calls in self.jobs() if self.plan[sampler][calls].learned > 1]
         for sampler, calls in repeated:
             self._locked(f"{sampler}-{calls}", lambda s=sampler, c=calls: self.arms(s, c))
         for calls in self.counts:
@@ -100,8 +120,7 @@ class Bench:
     def arms(self, sampler: str, calls: int) -> tuple[Search, dict[str, list[Arm]], dict[str, list[Scores]]]:
         """Every arm of one number of calls, with its scores on test cases."""
         search = self.search(sampler, calls)
-        learned, without, controls = self.plan[sampler][calls]
-        dials = search.dials()
+        part, dials = self.plan[sampler][calls], search.dials()
         arms: dict[str, list[Arm]] = {}
 
         def add(name: str, arm: Arm) -> None:
@@ -110,11 +129,14 @@ class Bench:
 
         metrics = list(search.settings.objective.report)
         add("best solver", search.make(ARMS["best solver"], dials))
-        for seed in range(min(learned, self.seeds)):
+        for seed in range(min(part.learned, self.seeds)):
             add("learned", search.learn(dials, seed, name=f"learned {seed}"))
-        for seed in range(min(without, self.seeds)):
+        for seed in range(min(part.dials, self.seeds)):
             add("sampler dials", search.learn(dials, seed, ARMS["sampler dials"], f"sampler dials {seed}"))
-        for name in CONTROLS if controls else ("plain",):
+        for seed in range(min(part.features, self.seeds)):
+            other = self.search(sampler, calls, features=True)
+            add(FEATURES, other.learn(other.dials(), seed, name=f"{FEATURES} {seed}"))
+        for name in CONTROLS if part.controls else ("plain",):
             add(name, search.make(ARMS[name], dials))
         scores = {name: [search.tuner.test(arm, metrics) for arm in group] for name, group in arms.items()}
         return search, arms, scores
@@ -122,10 +144,10 @@ class Bench:
 
 def finished(bench: Bench, sampler: str, calls: int) -> bool:
     """Whether a number of calls has its learned and its dial arms."""
-    learned, without, _ = bench.plan[sampler][calls]
     folder = bench.folder / f"{sampler}-{calls}" / "arms"
-    wanted = [f"learned {s}" for s in range(min(learned, bench.seeds))]
-    wanted += [f"sampler dials {s}" for s in range(min(without, bench.seeds))] + ["plain", "best solver"]
+    seeds = bench.plan[sampler][calls].seeds
+    wanted = [f"{name} {s}" for name, many in seeds.items() for s in range(min(many, bench.seeds))]
+    wanted += ["plain", "best solver"]
     return all((folder / f"{name}.test.json").exists() for name in wanted)
 
 
@@ -268,7 +290,7 @@ def carried(bench: Bench) -> list[dict[str, Any]]:
 
 LABELS = {"dpmpp_2m": "DPM++ 2M", "ddim": "DDIM", "uni_pc": "UniPC"}
 METHODS = ("plain", "best solver", "best guidance", "analytic", "constant", "clock", "clock and told", "sampler dials",
-           "weights", "weights and clock", "learned")  # fmt: skip
+           "weights", "weights and clock", "learned", FEATURES)  # fmt: skip
 COLUMNS = ((OBJECTIVE, "PSNR, dB", ".2f"), ("teacher.ssim", "SSIM", ".3f"), ("judge.accuracy", "judge accuracy", ".1%"),
            ("judge.realism", "judge realism", ".3f"))  # fmt: skip
 
@@ -326,7 +348,7 @@ def short(result: dict[str, Any]) -> str:
     worths = {(w["calls"], w["method"]): w for w in result["worth"] if w["sampler"] == "dpmpp_2m"}
     lines = ["| calls | best plain sampler | dials, no weights | learned | like plain calls | judge: plain, learned |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for calls in (2, 3, 4, 6):
+    for calls in (2, 3, 4, 6, 8, 10):
         if (calls, "learned", OBJECTIVE) not in table:
             continue
         shown = ("best solver", "sampler dials", "learned")

@@ -137,28 +137,30 @@ class Task(ABC):
     ) -> list[Batch]:
         """`made` of several candidates: what they share is computed once, and small sets of cases share batches.
 
-        A schedule's steps take the place of the task's own course.
+        A schedule's steps take the place of the task's own course, and its actions say what each call computes.
         """
         room = self.batch if 2 * len(self) <= self.batch else 1  # parts of one candidate are as they are alone
         out: list[list[Tensor]] = [[] for _ in candidates]
         batches: dict[object, list[int]] = {}  # whose U-Net calls can be one: the same timesteps, rows and sites
         for i, (dials, schedule) in enumerate(candidates):
             where = None if schedule is None or schedule.is_plain else (schedule.sites, schedule.mode)
-            steps = None if schedule is None else schedule.steps
+            steps, actions = (None, None) if schedule is None else (schedule.steps, schedule.actions)
             if attachment and schedule and (attachment.sites, attachment.mode) != (schedule.sites, schedule.mode):
                 raise ValueError("the attachment must have the sites and the mode of the schedule")
-            batches.setdefault((replace(dials, guidance=float(dials.guidance == 1)), where, steps), []).append(i)
+            shared = (replace(dials, guidance=float(dials.guidance == 1)), where, steps, actions)
+            batches.setdefault(shared, []).append(i)
         for members in batches.values():
             dials, schedule = candidates[members[0]]
             given = [(candidates[i][0].guidance, weights_of(candidates[i][1])) for i in members]
-            course = self.course(dials, None if schedule is None else schedule.steps)
+            steps, actions = (None, None) if schedule is None else (schedule.steps, schedule.actions)
+            course = self.course(dials, steps)
             own = None if attachment is not None else attach(self.model, schedule)
             hooks = own or attachment
             assert hooks is not None
             try:
                 for start in range(0, len(self), self.batch):
                     x, cond, whole = self.inputs(hooks, dials, slice(start, start + self.batch), course)
-                    ends = sample_batched(self.model, hooks, x, cond, whole, given, room)
+                    ends = sample_batched(self.model, hooks, x, cond, whole, given, room, actions)
                     for i, latents in zip(members, ends, strict=True):
                         out[i].append(latents)
             finally:
