@@ -60,7 +60,7 @@ class Part:
 
 
 PLAN = {
-    "dpmpp_2m": {3: Part(5, 3, 3, True), 2: Part(5, 3, 5, True), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 1),
+    "dpmpp_2m": {3: Part(5, 3, 0, True), 2: Part(5, 3, 5, True), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 1),
                  10: Part(5, 1)},
     # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
     "ddim": {4: Part(5, 2), 3: Part(5, 2)},
@@ -85,8 +85,8 @@ class Bench:
     def search(self, sampler: str, calls: int, features: bool = False) -> Search:
         words = [*(SMALL if self.quick else FULL), f"task.steps={calls}", f"task.sampler={sampler}", "track.wandb=off"]
         name = f"{sampler}-{calls}"
-        if features:  # as many standard deviations of the plain model's scores of the one as of the other
-            words, name = [*words, "objective.terms.teacher.features.scorer=1"], f"{name}-features"
+        if features:  # in standard deviations of the plain model's scores, these count three times as much as PSNR
+            words, name = [*words, "objective.terms.teacher.features.scorer=3"], f"{name}-features"
         return Search(config.load(RECIPE, words), self.folder / name, Silent(), self.folder / "teacher")
 
     def jobs(self) -> Iterator[tuple[str, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 from rwopt.errors import at_least_one, check, one_of
 from rwopt.probes import PROBES
 from rwopt.sampling.grids import GRIDS, levels_of_text
+from rwopt.schedule.actions import by_letters
 from rwopt.schedule.samplers import SAMPLERS
 from rwopt.schedule.steps import DIALS
 from rwopt.tuners import SAMPLERS as SEARCHERS
@@ -76,6 +77,8 @@ class TaskSettings:
     InstructPix2Pix, inpaint where cases have masks.
     sampler, grid: a solver, and the rule by which its noise levels lie (`rwopt.sampling.grids`), or a list of VE noise
     levels as text, "14.6,2.9,0.3".
+    budget: the share of the time of `steps` full calls that a learned arm may take; below 1 a plan of actions is
+    searched for (`speed`), and plain solvers have as many calls as the budget pays.
     """
 
     name: str = "editing"
@@ -87,6 +90,7 @@ class TaskSettings:
     steps: int = 6
     sampler: str = "ddim"
     grid: str = "trailing"
+    budget: float = 1.0
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     draws: int = 1
     batch: int = 64
@@ -96,6 +100,7 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         at_least_one(self, "task", "steps", "draws", "batch", "train", "validation", "test")
+        check(0 < self.budget <= 1, "task.budget", self.budget, "must be above 0 and at most 1 (the plain run's time)")
         one_of(("editing", "generation"), "task.name", self.name)
         one_of(("sdedit", "inversion", "instruct", "inpaint"), "task.method", self.method)
         one_of(("crop", "pad"), "task.fit", self.fit)
@@ -180,6 +185,23 @@ class StepSettings:
             one_of(tuple(SAMPLERS), "steps.samplers", name)
         for name in self.grids:
             check_grid("steps.grids", name)
+
+
+@dataclass
+class SpeedSettings:
+    """The search for a plan, where `task.budget` is below 1 (`rwopt.search.speed`): letters of the actions that it may
+    take (`rwopt.schedule.actions`), calls in a row that one stored value may serve, train cases on which errors are
+    measured, and how many plans of each grid are tried on validation cases.
+    """
+
+    actions: str = "ho1ag"
+    max_gap: int = 2
+    cases: int = 16
+    proposals: int = 12
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "speed", "max_gap", "cases", "proposals")
+        by_letters(self.actions)
 
 
 @dataclass
@@ -352,6 +374,7 @@ class Settings:
     dials: DialSettings = field(default_factory=DialSettings)
     weights: WeightSettings = field(default_factory=WeightSettings)
     steps: StepSettings = field(default_factory=StepSettings)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     analytic: AnalyticSettings = field(default_factory=AnalyticSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)

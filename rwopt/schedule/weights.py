@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rwopt.errors import UserError
+from rwopt.schedule.actions import Actions
 from rwopt.schedule.schedule import Schedule
 from rwopt.schedule.steps import StepFunction
 
@@ -30,7 +31,8 @@ class WeightFunction:
     sites: ids in execution order, S of them; sigmas: the knots, [K], positive, descending; groups: {name: site
     indices} (`rwopt.unet.sites.group_sites` makes the usual ones). `theta` is a flat vector of K * G numbers, knot by
     knot from the noisiest, or with a rank R > 0 of R (K + G); its coefficient names are `names`. No groups: weights of
-    one. steps: the sampler's dials, whose numbers follow those of the weights. Raises `UserError` for knots that are no
+    one. steps: the sampler's dials, whose numbers follow those of the weights. actions: a plan with a level for each
+    call, which goes with the calls where the clock moves; it is not learned. Raises `UserError` for knots that are no
     descending noise levels and for a rank above K or G.
     """
 
@@ -40,6 +42,7 @@ class WeightFunction:
     mode: str = "residual"
     rank: int = 0
     steps: StepFunction | None = None
+    actions: Actions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -74,6 +77,12 @@ class WeightFunction:
         """How far each number may go from its start [d]: `radius` for log-gains."""
         dials = np.zeros(0) if self.steps is None else self.steps.reach
         return np.concatenate([np.full(self.weight_count, radius), dials])
+
+    def actions_at(self, levels: Any) -> Actions | None:
+        """The plan when the calls are made at `levels` [N] (VE sigmas)."""
+        if self.actions is None or self.steps is None:
+            return self.actions
+        return Actions.along(list(levels), [level.action for level in self.actions.levels], self.actions.max_gap)
 
     def knots(self, levels: Any) -> np.ndarray:
         """The knots [K] as VE sigmas when the calls are made at `levels` [N]: each keeps its place among the calls,
@@ -156,6 +165,8 @@ class WeightFunction:
         if self.steps is not None:
             about["steps"] = self.steps.steps(theta[self.weight_count :])
             knots = self.knots(about["steps"].sigmas)
+        if self.actions is not None:
+            about["actions"] = self.actions_at(about["steps"].sigmas if self.steps is not None else ())
         return Schedule(tuple(self.sites), knots, self.table(theta), self.mode, **about)
 
 

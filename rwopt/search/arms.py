@@ -31,7 +31,8 @@ class ArmSpec:
     published: its schedule is the closed form of that name in `rwopt.search.baselines.PUBLISHED`; learned: it is
     learned, with a knot for each noise level or, if `constant`, one for all; neither: there is none. weights, steps:
     what is learned, weights or none, and which of the sampler's dials (None: those of the recipe's `steps.learn`).
-    solver: the best of the recipe's samplers and grids. budget: what tuning may spend beyond the dials that all start
+    solver: the best of the recipe's samplers and grids. planned: the plan of actions of a budget of compute, nothing
+    learned. budget: what tuning may spend beyond the dials that all start
     from (`evaluations`).
     """
 
@@ -44,6 +45,7 @@ class ArmSpec:
     weights: bool = True
     steps: tuple[str, ...] | None = None
     solver: bool = False
+    planned: bool = False
 
     def evaluations(self, tuner: TunerSettings) -> int:
         """Candidates that may be scored on train cases: none, a control's, or those of weights and their dials.
@@ -60,6 +62,7 @@ ARMS = {
     for spec in (
         ArmSpec("plain", "no schedule, the recipe's own dials", "none"),
         ArmSpec("best solver", "no schedule, the best plain sampler and grid", "none", solver=True),
+        ArmSpec("plan", "a plan of actions for the budget, no weights", "none", planned=True),
         ArmSpec("best guidance", "no schedule, tuned dials"),
         ArmSpec("analytic", "published voted schedule, tuned dials", published="voted"),
         ArmSpec("gradient norm", "published closed form from gradient norms, tuned dials", "control", "gradient norm"),

@@ -20,7 +20,7 @@ from rwopt.objectives import objective_spec
 from rwopt.probes import make_probe
 from rwopt.progress import Progress
 from rwopt.report import Report
-from rwopt.sampling.course import Course, course_by_rule
+from rwopt.sampling.course import Course, course_by_rule, course_of_steps
 from rwopt.schedule import Schedule
 from rwopt.schedule.steps import StepFunction, Steps
 from rwopt.schedule.weights import WeightFunction
@@ -31,6 +31,7 @@ from rwopt.search.identity import NAME, fingerprint, run_name
 from rwopt.search.preflight import Plan, preflight
 from rwopt.search.probing import Probing
 from rwopt.search.publish import Publisher, describe
+from rwopt.search.speed import Speed
 from rwopt.search.tuning import ArmTuner
 from rwopt.search.verdict import report_metrics
 from rwopt.search.worth import worth
@@ -59,6 +60,7 @@ class Search:
         self.experiment = Experiment(settings, model, teachers or folder / "teacher", folder)
         self.tuner = ArmTuner(self.experiment, folder, progress, fingerprint(settings, model))
         self.probing = Probing(self.experiment, folder)
+        self.speed = Speed(self.experiment, self.tuner, folder)
         self._check()
         self._check_cases()
         if not stored.exists():
@@ -132,6 +134,8 @@ class Search:
         """One arm, found within its budget."""
         if spec.learned:
             return self.learn(dials, self.settings.tuner.seed, spec)
+        if spec.planned:
+            return self.speed.plan(spec.name, spec.note)
         if spec.solver:
             return self.tuner.best_of(spec.name, self.solvers(), spec.note)
         if spec.published:
@@ -148,8 +152,9 @@ class Search:
         return self.tuner.tune_dials(spec.name, None, trials, start, "guidance", spec.note)
 
     def solvers(self, steps: int | None = None) -> dict[str, Schedule]:
-        """The recipe's plain samplers on its grids, those that allow `steps` calls (default: `task.steps`)."""
-        wanted, steps = self.settings.steps, steps or self.settings.task.steps
+        """The recipe's plain samplers on its grids, those that allow `steps` calls (default: `task.steps`, or what the
+        budget pays)."""
+        wanted, steps = self.settings.steps, steps or self.speed.affordable
         names = [f"{sampler}, {grid}" for sampler in wanted.samplers for grid in wanted.grids]
         found = {name: self.solver(name, steps) for name in names}
         return {name: schedule for name, schedule in found.items() if schedule is not None}
@@ -177,17 +182,27 @@ class Search:
         wanted, settings, model = self.settings.weights, self.settings, self.experiment.model
         sites = list_sites(model.unet, wanted.kinds)
         learn = settings.steps.learn if spec.steps is None else spec.steps
-        course = self._course(dials if learn else self.experiment.base)
+        plan = self.speed.plan().schedule if self.planned else None
+        if plan is not None and plan.steps is not None:
+            course = course_of_steps(model, plan.steps)
+        else:
+            course = self._course(dials if learn else self.experiment.base)
         first, last = np.log(course.sigmas[0]), np.log(course.sigmas[-1])
         knots = np.exp(np.linspace(first, last, wanted.knots)) if wanted.knots else np.array(course.sigmas)
         if spec.constant or wanted.knots == 1:
             knots = np.exp([(first + last) / 2])
         steps = None
-        if learn:
+        if learn or plan is not None:
             steps = StepFunction(settings.task.sampler, course.sigmas, model.table.tolist(), dials.guidance, learn)
         groups = group_sites(sites, wanted.group_by) if spec.weights else {}
         rank = 0 if spec.constant or not spec.weights else wanted.rank
-        return WeightFunction([s.id for s in sites], knots, groups, wanted.mode, rank, steps)
+        actions = None if plan is None else plan.actions
+        return WeightFunction([s.id for s in sites], knots, groups, wanted.mode, rank, steps, actions)
+
+    @property
+    def planned(self) -> bool:
+        """Whether learned arms take a plan of actions."""
+        return self.settings.task.budget < 1
 
     def _course(self, dials: Dials) -> Course:
         task = self.settings.task
@@ -203,6 +218,8 @@ class Search:
         starts, price = {"plain": np.zeros(function.dimension)}, 0
         if self.settings.probe.start != "none" and spec.weights:
             starts["probe"], price = self.probing.start(function)
+        if self.planned:
+            price += self.speed.plan().calls
         trials = 2 * self.settings.tuner.dial_trials
         weights = self.tuner.tune_weights(
             f"{name} weights" if trials else name, function, dials.dials, starts, seed, note=spec.note,
@@ -215,12 +232,18 @@ class Search:
             spent=(weights.evaluations, weights.calls), around=dials.dials,
         )  # fmt: skip
 
+    def chosen(self, arms: Sequence[Arm]) -> Arm:
+        """The arm whose schedule is the run's: the learned one, or under a budget what does best on validation cases of
+        it, the plan and the best solver."""
+        names = (LEARNED, "plan", "best solver") if self.planned else (LEARNED,)
+        return max((arm for arm in arms if arm.name in names), key=lambda arm: arm.validation or -np.inf)
+
     def worths(self, arms: Sequence[Arm]) -> list[str]:
         """What the learned arms are worth in plain calls of the best solver, N to 3 N of them, on the test cases."""
         solver = next((arm for arm in arms if arm.choice.get("best")), None)
         if solver is None:
             return []
-        calls, metrics = self.settings.task.steps, list(self.settings.objective.report)
+        calls, metrics = self.speed.affordable, list(self.settings.objective.report)
         plain = {calls: self.tuner.test(solver, metrics).values[OBJECTIVE]}
         for more in range(calls + 1, 3 * calls + 1):
             schedule = self.solver(solver.choice["best"], more)
@@ -251,7 +274,7 @@ class Search:
             dials = self.dials()
             importance = self.probing.importance()
             arms = [self.make(spec, dials) for spec in self.arms]
-            learned = next(arm for arm in arms if arm.name == LEARNED)
+            learned = self.chosen(arms)
             path = self.folder / "schedule.json"
             if not path.exists():
                 describe(self.experiment, learned, command).save(path)

@@ -14,6 +14,7 @@ import numpy as np
 
 from rwopt.config import DialSettings, TaskSettings
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import actions_of
 from rwopt.schedule.steps import StepFunction
 from rwopt.schedule.weights import WeightFunction
 from rwopt.tasks import Dials
@@ -78,6 +79,7 @@ class Decoder:
             "function": None if f is None else {
                 "sites": list(f.sites), "sigmas": f.sigmas.tolist(), "groups": f.groups, "mode": f.mode,
                 "rank": f.rank, "steps": None if f.steps is None else f.steps.to_dict(),
+                "actions": None if f.actions is None else f.actions.to_dict(),
             },
             "schedule": None if schedule is None else schedule.exact(),
         }  # fmt: skip
@@ -87,6 +89,8 @@ class Decoder:
         function, schedule = data["function"], data["schedule"]
         if function is not None and function.get("steps") is not None:
             function = {**function, "steps": StepFunction(**function["steps"])}
+        if function is not None:
+            function = {**function, "actions": actions_of(function.get("actions"))}
         return cls(
             Dials(**data["base"]),
             None if function is None else WeightFunction(**function),

@@ -84,7 +84,8 @@ class Ascent(L.LightningModule):
             return row
 
         self.kept = keeps_activations(problem.model, self.attachment, x, cond, len(course))
-        end = unroll(problem.model, self.attachment, x, cond, course, weights, self.path, update)
+        actions = function.actions_at(course.sigmas)
+        end = unroll(problem.model, self.attachment, x, cond, course, weights, self.path, update, actions)
         total = reward(end).sum()
         return total.detach(), torch.autograd.grad(total, self.theta)[0]
 

@@ -25,6 +25,8 @@ class Problem:
         self.function, self.task, self.objective, self.dials = function, task, objective, dials
         self.model: Model = task.model
         self.pictures, self.steps = len(task), task.steps
+        if function.actions is not None:  # calls that ask the U-Net
+            self.steps = sum(level.action.kind != "output" for level in function.actions.levels)
         self._rewards: dict[int, Reward] = {}
 
     def batch(

@@ -1,0 +1,134 @@
+"""A plan under a budget: proposed, chosen on validation cases, kept, and learned with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.tiny import SETTINGS, save_tiny_pipeline
+
+from rwopt import config
+from rwopt.errors import UserError
+from rwopt.progress import Silent
+from rwopt.sampling.sample import sample
+from rwopt.schedule import Schedule
+from rwopt.schedule.actions import FULL
+from rwopt.search.arms import Arm
+from rwopt.search.evaluation import OBJECTIVE
+from rwopt.search.search import Search
+from rwopt.tasks.task import attach
+
+COMMAND = "rwopt search recipe=speed"
+CALLS = 5
+CHANGES = [
+    *SETTINGS, f"task.steps={CALLS}", "task.budget=0.6", "task.teacher.steps=8", "weights.group_by=stage_kind",
+    "weights.knots=0", "tuner.dial_trials=0", "probe.start=none", "tuner.name=gradient",
+    "steps.samplers=[ddim,dpmpp_2m]", "steps.grids=[trailing]", "speed.cases=2", "speed.proposals=3",
+    "speed.actions=ho1g", "arms=[best solver,plan,sampler dials,learned]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> config.Settings:
+    model = save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model")
+    return config.load("speed", [*CHANGES, f"model.name={model}"])
+
+
+def arm(folder: Path, name: str) -> Arm:
+    return Arm.load(folder / "arms" / f"{name}.json")
+
+
+def test_its_recipe_says_a_budget(settings: config.Settings) -> None:
+    assert config.load("speed").task.budget == 0.5
+    assert settings.objective.terms == {"teacher.psnr": 1.0}
+    with pytest.raises(UserError, match=r"task\.budget.*above 0 and at most 1"):
+        config.load("speed", ["task.budget=1.5"])
+    with pytest.raises(UserError, match="stands for no action"):
+        config.load("speed", ["speed.actions=hz"])
+
+
+def test_the_plan_is_within_the_budget_and_the_best_on_validation_cases(finished: Any) -> None:
+    folder, search, _ = finished
+    plan = arm(folder, "plan")
+    scores = dict(plan.history)
+    assert plan.validation == max(scores.values()) == scores[plan.choice["best"]]
+    assert plan.choice["price"] <= 0.6 * CALLS + 1e-6
+    assert "FFF" in scores  # the plain sampler with what the budget pays is among them
+    assert len(scores) > 3
+    assert plan.choice["first"] in scores
+    assert search.speed.lengths == (5, 4)
+    measured = sum(search.speed.errors(n).calls for n in (5, 4))
+    assert plan.choice["measured"] == measured
+    assert plan.calls > measured
+
+
+def test_errors_and_prices_are_kept(finished: Any) -> None:
+    folder, search, _ = finished
+    assert {"cost.json", "actions-5.json", "actions-4.json"} <= {p.name for p in folder.iterdir()}
+    cost = search.speed.cost()
+    assert 0 < cost.time["1"] < 1.5
+    assert set(cost.time) == {"1", "G"}
+    assert [p.text for p in search.speed.proposed(5)] == [p.text for p in search.speed.proposed(5)]
+    assert all(p.price <= search.speed.most for p in search.speed.proposed(4))
+
+
+def test_a_plan_changes_the_picture_as_the_sampler_does(finished: Any) -> None:
+    """The arm's pictures are those of `sample` with its actions."""
+    _, search, _ = finished
+    text = next(p for p in search.speed.proposed(5) if any(a != FULL for a in p.actions))
+    schedule, task, base = search.speed.schedule(text.actions), search.experiment.splits.task("test"), None
+    base = search.experiment.base
+    made = task.made(base, schedule).latents
+    with attach(search.experiment.model, schedule) as hooks:
+        x, cond, course = task.inputs(hooks, base, slice(None), task.course(base, schedule.steps))
+        expected = sample(search.experiment.model, hooks, x, cond, course, actions=schedule.actions)
+        plain = sample(search.experiment.model, hooks, x, cond, course)
+    np.testing.assert_allclose(made.numpy(), expected.numpy(), atol=1e-5)
+    assert float((made - plain).abs().max()) > 1e-4
+
+
+def test_what_is_learned_takes_the_plan(finished: Any) -> None:
+    folder, _, report = finished
+    plan, learned = arm(folder, "plan").schedule, arm(folder, "learned").schedule
+    assert plan is not None
+    assert learned is not None
+    assert plan.steps is not None
+    assert learned.steps is not None
+    assert len(learned.steps) == len(plan.steps)
+    assert (learned.actions is None) == (plan.actions is None)
+    if learned.actions is not None:
+        assert learned.actions.text == plan.actions.text  # type: ignore[union-attr]
+        assert [level.sigma for level in learned.actions.levels] == pytest.approx(list(learned.steps.sigmas))
+    assert {row.name for row in report.arms} == {"best solver", "plan", "sampler dials", "learned"}
+    assert all(np.isfinite(row.means[OBJECTIVE]) for row in report.arms)
+
+
+def test_the_solver_has_the_calls_that_the_budget_pays(finished: Any) -> None:
+    folder, search, _ = finished
+    assert search.speed.affordable == 3
+    best = arm(folder, "best solver").schedule
+    assert best is not None
+    assert best.steps is not None
+    assert len(best.steps) == 3
+
+
+def test_the_file_is_that_of_the_best_arm_on_validation_cases(finished: Any) -> None:
+    folder, search, _ = finished
+    arms = [arm(folder, name) for name in ("best solver", "plan", "learned")]
+    best = max(arms, key=lambda a: a.validation or -np.inf)
+    assert search.chosen(arms).name == best.name
+    assert best.schedule is not None
+    written = Schedule.load(folder / "schedule.json")
+    assert written.steps is not None
+    assert len(written.steps) == len(best.schedule.steps or ())
+    assert (written.actions is None) == (best.schedule.actions is None)
+
+
+def test_a_finished_stage_is_not_made_again(finished: Any, settings: config.Settings) -> None:
+    folder, _, _ = finished
+    again = Search(settings, folder, Silent())
+    before = again.experiment.model.calls
+    assert again.speed.plan().choice == arm(folder, "plan").choice
+    assert again.experiment.model.calls == before
