@@ -21,7 +21,8 @@ from rwopt.objectives.composite import Composite
 N = 4
 CHANGES = [["hair_color"], ["glasses"], ["mouth"], ["background"]]
 HIDDEN: list[list[str]] = [[], ["eyes"], ["hair_color", "hair"], []]
-NAMES = [name for family in (avatar, pixel, teacher) for name in family.specs()]  # test_contract.py has all others
+NAMES = [name for family in (avatar, pixel, teacher) for name in family.specs()]
+"""`test_reward_contract.py` has all others."""
 CUT = (".success", ".identity", ".saturation", ".ms_ssim")  # at 0, where random pictures may lie
 PARTIAL = ("face.",)  # these pictures show no face
 TERMS = {"scorer.success": 1.0, "scorer.kept": 1.0, "scorer.identity": 1.0, "scorer.realism": 0.5}

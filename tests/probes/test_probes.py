@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.probes import TS, K, S, attach, inputs
+from helpers.small import hooks_of
 
 from rwopt.errors import UserError
 from rwopt.models import Model
@@ -66,11 +67,12 @@ def test_contract(name: str, trajectory: str | None, guided: bool, model: Model,
     kept, rng = x.clone(), (legacy_state(), torch.get_rng_state())
     probe = make_probe(name, **SMALL[name], **({} if trajectory is None else {"trajectory": trajectory}))
     with attach(model, probe.mode) as attachment:
-        hooks = [len(m._forward_hooks) for m in model.unet.modules()]
         found = probe(model, attachment, x, cond, course)
+        hooks = [len(m._forward_hooks) for m in model.unet.modules()]  # what stores text keys comes with the first call
         used = model.calls
         again = probe(model, attachment, x, cond, course)
         assert [len(m._forward_hooks) for m in model.unet.modules()] == hooks
+    assert not hooks_of(model.unet)
 
     assert found.sites == attachment.sites
     assert found.method == name
