@@ -348,7 +348,7 @@ def short(result: dict[str, Any]) -> str:
     worths = {(w["calls"], w["method"]): w for w in result["worth"] if w["sampler"] == "dpmpp_2m"}
     lines = ["| calls | best plain sampler | dials, no weights | learned | like plain calls | judge: plain, learned |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for calls in (2, 3, 4, 6, 8, 10):
+    for calls in (2, 3, 4, 6, 10):
         if (calls, "learned", OBJECTIVE) not in table:
             continue
         shown = ("best solver", "sampler dials", "learned")
