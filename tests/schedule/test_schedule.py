@@ -244,3 +244,15 @@ def test_sigmas_of_stable_diffusion() -> None:
 def test_import_needs_neither_torch_nor_jsonschema() -> None:
     code = "import sys, rwopt.schedule.weights, rwopt.unet.sites; assert not {'torch', 'jsonschema'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_deep_notes_that_indent_into_megabytes_are_saved_compactly(tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(40):
+        deep = [deep]
+    notes = {"deep": [deep] * 2000}
+    schedule = Schedule.constant(["mid_block.attentions.0"], [1.0], provenance=notes)
+    path = schedule.save(tmp_path / "deep.json")
+    assert len(json.dumps(schedule.to_dict(), indent=2)) > 2_000_000
+    assert path.stat().st_size < 300_000
+    assert Schedule.load(path).provenance == notes
