@@ -9,7 +9,6 @@ the markers of `docs/few-steps.md` and README.md; `docs/few-steps.png`, `docs/fe
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import into
+from sharing import ROOT, command_line, unless_taken
 
 from rwopt import config
-from rwopt.cli.screen import quiet
-from rwopt.errors import UserError
-from rwopt.files import locked, write_text
+from rwopt.files import write_text
 from rwopt.progress import Silent
 from rwopt.report.style import BLUE, GREEN, GREY, ORANGE
 from rwopt.sampling.course import course_by_rule
@@ -37,7 +35,6 @@ from rwopt.search.worth import worth
 from rwopt.tasks.pictures import to_pictures
 from rwopt.tasks.teacher import teacher_latents
 
-ROOT = Path(__file__).resolve().parent
 RECIPE = "few-steps"
 PLAIN_CALLS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
 CONTROLS = ("plain", "best guidance", "analytic", "constant", "clock", "clock and told", "weights", "weights and clock")
@@ -96,19 +93,11 @@ class Bench:
         """What is not done yet, and not in another process's hands."""
         repeated = [(sampler, calls) for sampler, calls in self.jobs() if self.plan[sampler][calls].learned > 1]
         for sampler, calls in repeated:
-            self._locked(f"{sampler}-{calls}", lambda s=sampler, c=calls: self.arms(s, c))
+            unless_taken(self.folder, f"{sampler}-{calls}", lambda s=sampler, c=calls: self.arms(s, c))
         for calls in self.counts:
-            self._locked(f"plain-{calls}", lambda calls=calls: self.plain(calls))
+            unless_taken(self.folder, f"plain-{calls}", lambda calls=calls: self.plain(calls))
         for sampler, calls in self.jobs():  # those of one seed, and what another process has left
-            self._locked(f"{sampler}-{calls}", lambda s=sampler, c=calls: self.arms(s, c))
-
-    def _locked(self, name: str, job: Any) -> None:
-        try:
-            with locked(self.folder / "locks" / name):
-                job()
-        except UserError as error:
-            if "another search" not in str(error):
-                raise
+            unless_taken(self.folder, f"{sampler}-{calls}", lambda s=sampler, c=calls: self.arms(s, c))
 
     def plain(self, calls: int) -> tuple[str, Scores]:
         """The best plain sampler and grid of that many calls by validation cases, and its scores on test cases."""
@@ -418,22 +407,14 @@ def grid(bench: Bench, path: Path, rows: int = 5) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="some minutes: few cases and updates, own file")
-    parser.add_argument("--seeds", type=int, default=5, help="at most so many of each arm")
-    parser.add_argument("--work", action="store_true", help="only run what is missing, beside other processes")
-    parser.add_argument("--table", action="store_true", help="only make the tables again from the result file")
-    parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-few-steps)")
-    args = parser.parse_args()
-    quiet()
-    name = "few_steps-quick" if args.quick else "few_steps"
-    bench = Bench(args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}", args.quick, args.seeds)
-    file = ROOT / "results" / f"{name}.json"
+    quick = "some minutes: few cases and updates, own file"
+    args = command_line("few_steps", __doc__, quick, 5, "at most so many of each arm")
+    bench = Bench(args.folder, args.quick, args.seeds)
     if args.work:
         bench.work()
         return
-    result = json.loads(file.read_text()) if args.table else run(bench)
-    write_text(file, json.dumps(result, indent=1) + "\n")
+    result = json.loads(args.file.read_text()) if args.table else run(bench)
+    write_text(args.file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), carry_markdown(result), short(result), sep="\n\n")
     if not args.quick:
         docs = ROOT.parent / "docs"

@@ -11,24 +11,23 @@ Results: `benchmarks/results/speed.json`; tables between the markers of `docs/sp
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from comparison import into
+from sharing import ROOT, command_line, unless_taken
 from speed_peers import Evolved, Prices, candidates, evolve, nearest, prices, schedule
 
 from rwopt import config
-from rwopt.cli.screen import quiet
-from rwopt.errors import UserError
-from rwopt.files import locked, write_text
+from rwopt.files import write_text
 from rwopt.objectives.pixel import psnr
 from rwopt.progress import Silent
 from rwopt.report.style import BLUE, GREEN, GREY, ORANGE
@@ -44,7 +43,6 @@ from rwopt.unet.attachment import Attachment
 from rwopt.unet.cost import CostTable, cost_table
 from rwopt.unet.peers import phast
 
-ROOT = Path(__file__).resolve().parent
 CALLS = 12
 BUDGETS = (0.5, 0.75, 0.35)
 OWN = "own.psnr"  # to the base's own picture
@@ -80,13 +78,11 @@ class Bench:
     def work(self) -> None:
         """What is not done yet, and not in another process's hands."""
         for budget in self.budgets:
-            try:
-                with locked(self.folder / "locks" / f"{budget:g}"):
-                    for name, arm in self.arms(budget):
-                        print(f"{time.strftime('%H:%M')} {budget:g} {name}: {arm.validation}", flush=True)
-            except UserError as error:
-                if "another search" not in str(error):
-                    raise
+            unless_taken(self.folder, f"{budget:g}", partial(self._tell, budget))
+
+    def _tell(self, budget: float) -> None:
+        for name, arm in self.arms(budget):
+            print(f"{time.strftime('%H:%M')} {budget:g} {name}: {arm.validation}", flush=True)
 
     # arms
 
@@ -413,22 +409,14 @@ def grid(bench: Bench, path: Path, rows: int = 5) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="minutes: one budget, few cases and updates, own file")
-    parser.add_argument("--seeds", type=int, default=2, help="of plan and weights")
-    parser.add_argument("--work", action="store_true", help="only run what is missing, beside other processes")
-    parser.add_argument("--table", action="store_true", help="only make the tables again from the result file")
-    parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-speed)")
-    args = parser.parse_args()
-    quiet()
-    name = "speed-quick" if args.quick else "speed"
-    bench = Bench(args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}", args.quick, args.seeds)
+    quick = "minutes: one budget, few cases and updates, own file"
+    args = command_line("speed", __doc__, quick, 2, "of plan and weights")
+    bench = Bench(args.folder, args.quick, args.seeds)
     if args.work:
         bench.work()
         return
-    file = ROOT / "results" / f"{name}.json"
-    result = json.loads(file.read_text()) if args.table else run(bench)
-    write_text(file, json.dumps(result, indent=1) + "\n")
+    result = json.loads(args.file.read_text()) if args.table else run(bench)
+    write_text(args.file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), stage_table(result), sep="\n\n")
     if not args.quick:
         docs = ROOT.parent / "docs"

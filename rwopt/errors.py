@@ -30,3 +30,10 @@ def one_of(known: Sequence[str], key: str, value: str) -> None:
     if value not in known:
         near = difflib.get_close_matches(value, known, 1, 0)
         raise UserError(f"{key}={value}: did you mean {near[0]}? (one of {', '.join(known)})")
+
+
+def one_line(text: str, limit: int = 120) -> str:
+    """Text cut to fit into a message, white space made single, and what a terminal would act on a question mark."""
+    text = " ".join(text[: 8 * limit].split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

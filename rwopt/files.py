@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_line
 
 TEMPORARY = ".tmp"
 
@@ -34,6 +34,17 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """`write_bytes` of UTF-8 text."""
     return write_bytes(path, text.encode())
+
+
+def read_head(path: str | os.PathLike[str], most: int, what: str) -> bytes:
+    """The first `most` bytes of a file of somebody else's. `UserError`, which asks for `what`, if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give {what}") from None
+    except ValueError as error:  # of the path
+        raise UserError(f"{one_line(str(path))}: cannot be read ({error}): give {what}") from None
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_line
 from rwopt.export.ldm import kind_of
 from rwopt.export.plain import one_row, place_of, read_text
 from rwopt.files import write_text
 from rwopt.schedule import Schedule
-from rwopt.schedule.document import LIMIT, one_line
+from rwopt.schedule.document import LIMIT
 from rwopt.schedule.noise import Array
 from rwopt.unet.names import foreign_names
 

@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_line
 from rwopt.export.plain import names, read_text
 from rwopt.files import write_text
 from rwopt.schedule import Schedule
-from rwopt.schedule.document import FORMAT, LIMIT, VERSION, brief, check, one_line
+from rwopt.schedule.document import FORMAT, LIMIT, VERSION, brief, check
 
 ABOUT = "a CSV table: a row a noise level and site, with names as in diffusers, LDM and block-weight presets"
 NEEDS = "any spreadsheet; expresses everything"

@@ -16,6 +16,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rwopt.errors import UserError, one_of
+from rwopt.export import reader
 from rwopt.export.fold import network
 from rwopt.export.ldm import kind_of
 from rwopt.schedule import Schedule, noise_table
@@ -173,6 +175,14 @@ def _inputs(config: Any, weights: int) -> tuple[dict[str, Tensor], dict[str, dic
     if weights:
         inputs["site_weights"] = torch.full((weights,), 0.75)
     return inputs, axes
+
+
+def accompany(folder: Path, schedule: Schedule, found: Traceable, weights: str) -> None:
+    """Write beside a graph the U-Net's configuration, the schedule, and for weights=input what looks weights up."""
+    found.module.unet.save_config(folder)
+    schedule.save(folder / "rwopt-schedule.json")
+    if weights == "input":
+        (folder / "rwopt_reader.py").write_text(reader.source(), encoding="utf-8")
 
 
 def notes(schedule: Schedule) -> dict[str, str]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from rwopt.errors import UserError, one_of
+from rwopt.errors import UserError, one_line, one_of
 from rwopt.export import block_weight, csv_table, tensors
 from rwopt.export.block_weight import transformers
 from rwopt.export.plain import read_text
 from rwopt.schedule import Schedule, noise_table
-from rwopt.schedule.document import LARGEST, one_line
+from rwopt.schedule.document import LARGEST
 from rwopt.schedule.noise import sigma_at
 from rwopt.unet.neighbours import freeu
 

@@ -10,8 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rwopt.export import reader
-from rwopt.export.graph import OUTPUT, Traceable, check, notes, traceable
+from rwopt.export.graph import OUTPUT, Traceable, accompany, check, notes, traceable
 from rwopt.export.plain import write_folder
 from rwopt.schedule import Schedule
 
@@ -44,7 +43,4 @@ def _write(folder: Path, schedule: Schedule, found: Traceable, weights: str) -> 
     for name, text in notes(schedule).items():
         model.set_rt_info(text, ["rwopt", name.removeprefix("rwopt.")])
     openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
-    found.module.unet.save_config(folder)
-    schedule.save(folder / "rwopt-schedule.json")
-    if weights == "input":
-        (folder / "rwopt_reader.py").write_text(reader.source(), encoding="utf-8")
+    accompany(folder, schedule, found, weights)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rwopt.errors import UserError
 from rwopt.export.ldm import kind_of
+from rwopt.files import read_head
 from rwopt.schedule import Schedule
-from rwopt.schedule.document import one_line
 from rwopt.schedule.noise import Array
 from rwopt.unet.names import Names, foreign_names
 
@@ -37,13 +37,7 @@ def place_of(site: str) -> str:
 
 def read_text(path: str | Path, most: int, what: str) -> str:
     """The text in UTF-8 of a foreign file of at most `most` bytes. UserError, that asks for `what`, if it is none."""
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(most + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): give {what}") from None
-    except ValueError as error:  # of the path
-        raise UserError(f"{one_line(str(path))}: cannot be read ({error}): give {what}") from None
+    content = read_head(path, most + 1, what)
     if len(content) > most:
         raise UserError(f"{path}: is longer than {most} bytes: give {what}")
     try:

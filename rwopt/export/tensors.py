@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_line
 from rwopt.files import write_bytes
 from rwopt.schedule import Schedule
-from rwopt.schedule.document import FORMAT, LIMIT, check, one_line
+from rwopt.schedule.document import FORMAT, LIMIT, check
 
 ABOUT = "a safetensors file: weights [levels, sites], sigmas [levels], and the rest as JSON in its metadata"
 NEEDS = "any reader of safetensors; expresses everything"

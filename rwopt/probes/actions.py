@@ -54,7 +54,7 @@ class ActionErrors:
 
     def __call__(self, i: int, action: Action, last: int, before: int) -> float:
         """Mean square that the final latents move by if call `i` alone is cheap: `rwopt.tuners.plan.Errors`."""
-        if not _line(action):
+        if action.takes < 2:
             return self.errors[i, action, last, -1] * self.effects[i]
         error = self.errors.get((i, action, last, before))
         if error is None:
@@ -121,14 +121,10 @@ def action_errors(
     return ActionErrors(tuple(course.sigmas), effects, errors, teacher.calls, len(x))
 
 
-def _line(action: Action) -> bool:
-    return action.order == 1 or any(rule == "extrapolate" for _, rule in action.sites)
-
-
 def _sources(action: Action, i: int, max_gap: int) -> Iterator[tuple[int, int]]:
     """The full calls (last, before) whose values an action at call `i` may take."""
     for last in range(max(0, i - max_gap), i):
-        if not _line(action):
+        if action.takes < 2:
             yield last, -1
         elif action.kind == "output":
             yield from ((last, before) for before in range(max(0, last - max_gap - 1), last))

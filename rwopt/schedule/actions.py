@@ -40,7 +40,8 @@ from rwopt.schedule.document import brief
 from rwopt.schedule.noise import Array
 
 STEP_KINDS = ("full", "cut", "output", "guidance", "encoder", "sites")
-SITE_RULES = ("reuse", "extrapolate", "skip")
+_READS = {"reuse": 1, "extrapolate": 2, "skip": 0}
+SITE_RULES = tuple(_READS)
 RULED_KINDS = ("transformer", "self", "cross", "ff", "resnet")
 """Site kinds with a branch of their own, which a rule may be for."""
 _NAME = re.compile(
@@ -86,6 +87,13 @@ class Action:
     def place(self) -> str:
         """The name of the stored value of a step action; "" for full and sites."""
         return "" if self.kind in ("full", "sites") else f"cut {self.k}" if self.kind == "cut" else self.kind
+
+    @property
+    def takes(self) -> int:
+        """How many fresh values it reads: 0 of full and of sites that are skipped, 1 of order 0, 2 of order 1."""
+        if self.place:
+            return self.order + 1
+        return max((_READS[rule] for _, rule in self.sites), default=0)
 
     @property
     def letter(self) -> str:
@@ -164,7 +172,7 @@ class Actions:
         fresh: list[int] = []
         levels = []
         for i, (sigma, action) in enumerate(zip(sigmas, chosen, strict=True)):
-            needs = action.order + 1 if action.place else 0
+            needs = action.takes if action.place else 0  # a site without its value runs
             if len(fresh) < needs or (needs and i - fresh[-1] > max_gap):
                 raise UserError(
                     f"action {i} is {action.letter} after the full calls {fresh[-2:]}: give {needs} before it, "

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_line
+from rwopt.files import read_head
 from rwopt.schedule.noise import noise_table
 
 FORMAT = "rwopt.schedule"
@@ -44,13 +44,7 @@ _MOST_NAMES = 10_000
 
 def read_document(path: str | PathLike[str]) -> Any:
     """The JSON value in a file of at most `LIMIT` bytes. UserError if it cannot be read, or names an entry twice."""
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(LIMIT + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): give a schedule file") from None
-    except ValueError as error:  # of the path
-        raise UserError(f"{one_line(str(path))}: cannot be read ({error}): give a schedule file") from None
+    content = read_head(path, LIMIT + 1, "a schedule file")
     if len(content) > LIMIT:
         raise UserError(f"{path}: is longer than {LIMIT // 1_000_000} MB: a schedule file has fewer sites or levels")
     try:
@@ -196,10 +190,3 @@ def brief(value: Any) -> str:
         return one_line(repr(value))
     except (RecursionError, ValueError):  # nested deep; a whole number of thousands of digits
         return f"a very long {type(value).__name__}"
-
-
-def one_line(text: str, limit: int = 120) -> str:
-    """Text cut to fit into a message, white space made single, and what a terminal would act on a question mark."""
-    text = " ".join(text[: 8 * limit].split())
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -15,9 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_line
 from rwopt.files import write_bytes, write_text
-from rwopt.schedule.document import one_line
 from rwopt.schedule.noise import Array
 
 if TYPE_CHECKING:

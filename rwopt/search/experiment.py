@@ -12,11 +12,15 @@ from rwopt.models import Model
 from rwopt.objectives import Objectives, ObjectiveSpec, calibration
 from rwopt.objectives.calibration import Scales
 from rwopt.objectives.composite import Composite
+from rwopt.sampling.course import Course, course_by_rule
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import Actions
+from rwopt.schedule.steps import Steps
 from rwopt.search.evaluation import HELD_OUT, OBJECTIVE, Scores, score
 from rwopt.search.evaluator import Evaluator
 from rwopt.search.splits import Splits
 from rwopt.tasks import Dials
+from rwopt.unet.sites import list_sites
 
 CALIBRATION = "calibration.json"
 """In a run folder: the scales of a calibrated objective's terms."""
@@ -52,6 +56,21 @@ class Experiment:
         self.specs: dict[str, ObjectiveSpec] = {name: self.objectives.spec(name) for name in every}
         self.splits = Splits(settings.task, model, self.base, single, teachers)
         self.evaluator = Evaluator(tuner, self.splits, objective, self.objectives)
+
+    def course(
+        self, dials: Dials, steps: int | None = None, sampler: str | None = None, grid: str | None = None
+    ) -> Course:
+        """The course of a picture at these dials, for which no task needs to be made; by default of the recipe's number
+        of calls, sampler and grid. Raises `UserError` as `course_by_rule`."""
+        task = self.settings.task
+        reach = dials.strength if task.has_strength else 1.0  # as `Task.reach`
+        return course_by_rule(self.model, steps or task.steps, sampler or task.sampler, grid or task.grid, reach)
+
+    def plain(self, course: Course, actions: Actions | None = None) -> Schedule:
+        """The plain model on a course, with a plan of actions or none."""
+        sites = [site.id for site in list_sites(self.model.unet, self.settings.weights.kinds)]
+        steps = Steps(course.sampler, course.sigmas)
+        return Schedule.constant(sites, course.sigmas, steps=steps, actions=actions)
 
     @property
     def composites(self) -> Mapping[str, Composite]:

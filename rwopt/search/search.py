@@ -20,9 +20,9 @@ from rwopt.objectives import objective_spec
 from rwopt.probes import make_probe
 from rwopt.progress import Progress
 from rwopt.report import Report
-from rwopt.sampling.course import Course, course_by_rule, course_of_steps
+from rwopt.sampling.course import course_by_rule, course_of_steps
 from rwopt.schedule import Schedule
-from rwopt.schedule.steps import StepFunction, Steps
+from rwopt.schedule.steps import StepFunction
 from rwopt.schedule.weights import WeightFunction
 from rwopt.search.arms import ARMS, LEARNED, Arm, ArmSpec, chosen
 from rwopt.search.evaluation import OBJECTIVE
@@ -162,13 +162,10 @@ class Search:
     def solver(self, name: str, steps: int) -> Schedule | None:
         """The plain model on a sampler and grid, "ddim, karras"; None where the grid has no `steps` calls."""
         sampler, _, grid = name.partition(", ")
-        model, reach = self.experiment.model, self._reach(self.experiment.base)
         try:
-            sigmas = course_by_rule(model, steps, sampler, grid, reach).sigmas
+            return self.experiment.plain(self.experiment.course(self.experiment.base, steps, sampler, grid))
         except UserError:  # a list of levels has one length
             return None
-        sites = [s.id for s in list_sites(model.unet, self.settings.weights.kinds)]
-        return Schedule.constant(sites, sigmas, steps=Steps(sampler, sigmas))
 
     def _published(self, spec: ArmSpec, dials: Arm) -> Arm:
         schedule, price = self.probing.published(spec.published)
@@ -186,7 +183,7 @@ class Search:
         if plan is not None and plan.steps is not None:
             course = course_of_steps(model, plan.steps)
         else:
-            course = self._course(dials if learn else self.experiment.base)
+            course = self.experiment.course(dials if learn else self.experiment.base)
         first, last = np.log(course.sigmas[0]), np.log(course.sigmas[-1])
         knots = np.exp(np.linspace(first, last, wanted.knots)) if wanted.knots else np.array(course.sigmas)
         if spec.constant or wanted.knots == 1:
@@ -203,14 +200,6 @@ class Search:
     def planned(self) -> bool:
         """Whether learned arms take a plan of actions."""
         return self.settings.task.budget < 1
-
-    def _course(self, dials: Dials) -> Course:
-        task = self.settings.task
-        return course_by_rule(self.experiment.model, task.steps, task.sampler, task.grid, self._reach(dials))
-
-    def _reach(self, dials: Dials) -> float:
-        """`Task.reach`, for which no task needs to be made."""
-        return dials.strength if self.settings.task.has_strength else 1.0
 
     def learn(self, dials: Arm, seed: int, spec: ArmSpec = ARMS[LEARNED], name: str = "") -> Arm:
         """A learned arm: weights and the sampler's dials at the tuned guidance and strength, then these once more."""

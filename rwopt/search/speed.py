@@ -23,18 +23,16 @@ from torch import Tensor
 from rwopt.files import write_text
 from rwopt.models import Model
 from rwopt.probes.actions import ActionErrors, action_errors
-from rwopt.sampling.course import Course, course_by_rule
+from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition, predict
 from rwopt.schedule import Schedule
 from rwopt.schedule.actions import FULL, Action, Actions, by_letters
-from rwopt.schedule.steps import Steps
 from rwopt.search.arms import Arm
 from rwopt.search.experiment import Experiment
 from rwopt.search.tuning import ArmTuner
 from rwopt.tuners.plan import Proposal, proposals
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.cost import CostTable, cost_table
-from rwopt.unet.sites import list_sites
 
 GRIDS = 4
 """Lengths of grid that plans are looked for on."""
@@ -72,9 +70,7 @@ class Speed:
 
     def course(self, calls: int) -> Course:
         """The task's sampler on its grid of another length, at the recipe's dials."""
-        task, base = self.settings.task, self.experiment.base
-        reach = base.strength if task.name == "editing" else 1.0
-        return course_by_rule(self.experiment.model, calls, task.sampler, task.grid, reach)
+        return self.experiment.course(self.experiment.base, calls)
 
     def cost(self) -> CostTable:
         """What actions cost here, measured once."""
@@ -111,13 +107,10 @@ class Speed:
 
     def schedule(self, plan: tuple[Action, ...]) -> Schedule:
         """The plain model with a plan, on the task's grid of its length."""
-        sigmas = self.course(len(plan)).sigmas
-        sites = [s.id for s in list_sites(self.experiment.model.unet, self.settings.weights.kinds)]
+        course = self.course(len(plan))
         cheap = any(action != FULL for action in plan)
-        actions = Actions.along(sigmas, plan, self.settings.speed.max_gap) if cheap else None
-        return Schedule.constant(
-            sites, sigmas, steps=Steps(self.settings.task.sampler, tuple(sigmas)), actions=actions
-        )  # fmt: skip
+        actions = Actions.along(course.sigmas, plan, self.settings.speed.max_gap) if cheap else None
+        return self.experiment.plain(course, actions)
 
     def plan(self, name: str = "plan", note: str = "") -> Arm:
         """The arm of the plan that does best on validation cases.

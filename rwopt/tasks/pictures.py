@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +25,34 @@ FITS = ("crop", "pad")
 
 def read_picture(path: Path) -> np.ndarray:
     """uint8 [H, W, 3], upright as a viewer shows it (EXIF), transparency on white; `UserError` if it is no picture."""
+    from PIL import Image
+
+    with _upright(path) as picture:
+        if picture.mode.startswith("I;16"):  # Pillow would clip all that is brighter than 255 of 65535
+            grey = (np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8)
+            return np.repeat(grey[..., None], 3, 2)
+        if _has_alpha(picture):
+            whole = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+        return np.asarray(picture.convert("RGB"))
+
+
+@contextmanager
+def _upright(path: Path) -> Iterator[Any]:
+    """A Pillow image turned as a viewer shows it; inside too, what cannot be read is a `UserError`."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # Pillow would clip all that is brighter than 255 of 65535
-                grey = (np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8)
-                return np.repeat(grey[..., None], 3, 2)
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return np.asarray(picture.convert("RGB"))
+            yield ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise UserError(f"picture {path} cannot be read: there is no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise UserError(f"picture {path} cannot be read: give a PNG or JPEG file") from None
+
+
+def _has_alpha(picture: Any) -> bool:
+    return "A" in picture.getbands() or "transparency" in picture.info
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -50,16 +64,10 @@ def read_mask(path: Path) -> np.ndarray:
 def transparent(path: Path) -> np.ndarray | None:
     """bool [H, W], true where a picture is transparent (half of it or more): there an edit may paint, as where a mask
     is white. None for a picture without transparency."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            if "A" not in file.getbands() and "transparency" not in file.info:
-                return None
-            alpha = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"))[..., 3]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise UserError(f"picture {path} cannot be read: give a PNG or JPEG file") from None
-    hole: np.ndarray = alpha < 128
+    with _upright(path) as picture:
+        if not _has_alpha(picture):
+            return None
+        hole: np.ndarray = np.asarray(picture.convert("RGBA"))[..., 3] < 128
     return hole if hole.any() else None
 
 

@@ -10,6 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from rwopt.sampling.course import Course, course_by_rule, course_of_steps
 from rwopt.sampling.denoise import Condition, Row, Sided, condition
 from rwopt.sampling.sample import Weights
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import Actions
 from rwopt.schedule.samplers import SAMPLERS
 from rwopt.schedule.steps import Steps
 from rwopt.tasks.cases import Case
@@ -141,7 +143,8 @@ class Task(ABC):
         """
         room = self.batch if 2 * len(self) <= self.batch else 1  # parts of one candidate are as they are alone
         out: list[list[Tensor]] = [[] for _ in candidates]
-        batches: dict[object, list[int]] = {}  # whose U-Net calls can be one: the same timesteps, rows and sites
+        # whose U-Net calls can be one: the same timesteps, rows and sites
+        batches: dict[tuple[Any, Any, Steps | None, Actions | None], list[int]] = {}
         for i, (dials, schedule) in enumerate(candidates):
             where = None if schedule is None or schedule.is_plain else (schedule.sites, schedule.mode)
             steps, actions = (None, None) if schedule is None else (schedule.steps, schedule.actions)
@@ -149,10 +152,9 @@ class Task(ABC):
                 raise ValueError("the attachment must have the sites and the mode of the schedule")
             shared = (replace(dials, guidance=float(dials.guidance == 1)), where, steps, actions)
             batches.setdefault(shared, []).append(i)
-        for members in batches.values():
+        for (_, _, steps, actions), members in batches.items():
             dials, schedule = candidates[members[0]]
             given = [(candidates[i][0].guidance, weights_of(candidates[i][1])) for i in members]
-            steps, actions = (None, None) if schedule is None else (schedule.steps, schedule.actions)
             course = self.course(dials, steps)
             own = None if attachment is not None else attach(self.model, schedule)
             hooks = own or attachment

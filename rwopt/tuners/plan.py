@@ -57,15 +57,6 @@ class _Label:
         return tuple(reversed(found))
 
 
-def order(action: Action) -> int:
-    """How many full calls' values a cheap action takes: 0 (nothing is stored), 1 or 2."""
-    if action.kind == "full":
-        return 0
-    if action.kind == "sites":
-        return max({"skip": 0, "reuse": 1, "extrapolate": 2}[rule] for _, rule in action.sites)
-    return action.order + 1
-
-
 def front(
     calls: int, prices: Mapping[Action, float], error: Errors, max_gap: int = MAX_GAP, most: float = math.inf,
     power: float = 1.0, resolution: float = 0.01,
@@ -82,7 +73,7 @@ def front(
         for (last, before), labels in states.items():
             moves = [(FULL, 1.0, 0.0, (i, last))]
             for action, price in prices.items():
-                takes = order(action)
+                takes = action.takes
                 if action == FULL or (takes and (last < 0 or i - last > max_gap)) or (takes == 2 and before < 0):
                     continue
                 moves.append((action, price, error(i, action, last, before) ** power, (last, before)))

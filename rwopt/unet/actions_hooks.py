@@ -20,8 +20,9 @@ from rwopt.errors import UserError
 from rwopt.schedule.actions import FULL, Actions
 from rwopt.unet.actions import Frame
 from rwopt.unet.actions_patterns import Move, Patterns, Place, Take
+from rwopt.unet.call import like
 from rwopt.unet.checkpointing import Call, close_parts, guard_blocks, guard_resnets
-from rwopt.unet.scope import Scope
+from rwopt.unet.scope import Scope, outside_graphs
 from rwopt.unet.sites import BRANCHES, branch_modules, list_sites
 
 _RESIDUALS = "down_intrablock_additional_residuals"
@@ -111,7 +112,7 @@ class Actor:
             for i, skip in enumerate(output[1]):
                 frame.take(Place(take.place.name, take.place.part + i), skip)
             return
-        y = output if isinstance(output, Tensor) else output[0]
+        y: Tensor = output if isinstance(output, Tensor) else output[0]
         frame.take(take.place, y - self._base(_input(args, kwargs)) if take.how == "branch" else y)
 
     def _base(self, x: Tensor) -> Tensor:
@@ -146,15 +147,10 @@ class Weighed:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.scope.open:  # a part that checkpointing runs again, when all is taken
             return
-        y = output if isinstance(output, Tensor) else output[0]
+        y: Tensor = output if isinstance(output, Tensor) else output[0]
         frame = self.scope.read(y)
         if isinstance(frame, Frame) and self.take.place.name in frame.keep:
             frame.take(self.take.place, own(y, self.around))
-
-
-def in_python(hook: Any) -> Any:
-    """For a hook of the U-Net itself, also where that is compiled."""
-    return torch._dynamo.decorators.skip(hook)
 
 
 class Halve:
@@ -165,7 +161,7 @@ class Halve:
         self.acting = False
         """whether a plan may leave something hollow"""
 
-    @in_python
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         frame = kwargs.get(self.key)
         if not isinstance(frame, Frame):
@@ -198,7 +194,7 @@ class Finish:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
-    @in_python
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         y: Tensor = output if isinstance(output, Tensor) else output[0]
         frame = self.scope.read(y)
@@ -212,9 +208,7 @@ class Finish:
             frame.take(Place("guidance"), positive - negative)
         if frame.finish is not None:
             frame.finish(frame)
-        if made is None:
-            return None
-        return (made, *output[1:]) if type(output) is tuple else type(output)(sample=made)
+        return None if made is None else like(output, made)
 
 
 class Stage:

@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
 from rwopt.unet.actions_runs import ActingLookup
-from rwopt.unet.attachment import Attachment, outside_graphs
+from rwopt.unet.attachment import Attachment
 from rwopt.unet.checkpointing import Call
 from rwopt.unet.lookup import Lookup, same_storage
-from rwopt.unet.scope import eager
+from rwopt.unet.scope import eager, outside_graphs
 from rwopt.unet.sites import ALL_KINDS, brief, list_sites, short
 
 

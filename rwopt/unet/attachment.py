@@ -17,11 +17,11 @@ from rwopt.schedule.schedule import MODES
 from rwopt.unet.actions import Acts, Frame
 from rwopt.unet.actions_hooks import Stage, check_alone
 from rwopt.unet.actions_patterns import Patterns
-from rwopt.unet.call import PLAIN, Plain, call_of
+from rwopt.unet.call import PLAIN, Plain, call_of, like
 from rwopt.unet.checkpointing import Call, close_parts, guard_blocks, guard_resnets, position
 from rwopt.unet.follow import Followed
 from rwopt.unet.join import weigh_join
-from rwopt.unet.scope import Scope, eager
+from rwopt.unet.scope import Scope, eager, outside_graphs
 from rwopt.unet.sites import BRANCHES, Site, branch_modules, find_sites, resnets_at, skip_channels
 
 
@@ -196,11 +196,6 @@ _at_work = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambd
 # The hooks are objects, not closures, so that a copy of the U-Net gets copies of them: its own, which can be taken off.
 
 
-def outside_graphs(hook: Any) -> Any:
-    """For a hook of the U-Net itself, which compiled code runs in Python: else it would get a graph of its own."""
-    return torch._dynamo.decorators.skip(hook)
-
-
 class Enter:
     """Before a U-Net call: take the weights out of its arguments and open the scope with them."""
 
@@ -281,13 +276,6 @@ class Join:
         if x_new is None:
             return None
         return ((x_new, *args[1:]), kwargs) if args else (args, {**kwargs, name: x_new})
-
-
-def like(output: Any, y: Tensor) -> Any:
-    """`y` in the form of a module's output: a tensor, a tuple, or an output class."""
-    if isinstance(output, Tensor):
-        return y
-    return (y, *output[1:]) if type(output) is tuple else type(output)(sample=y)
 
 
 def _modules(unet: nn.Module, sites: Sequence[Site], of: str) -> list[nn.Module]:

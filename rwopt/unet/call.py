@@ -13,9 +13,17 @@ None means unchanged. Both are exact at w = 1, and `blended` gives b itself at w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def like(output: Any, y: Tensor) -> Any:
+    """`y` in the form of a module's output: a tensor, a tuple, or an output class."""
+    if isinstance(output, Tensor):
+        return y
+    return (y, *output[1:]) if type(output) is tuple else type(output)(sample=y)
 
 
 class Plain:

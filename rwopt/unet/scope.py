@@ -35,6 +35,11 @@ def eager(function: F) -> F:
     return disabled
 
 
+def outside_graphs(hook: Any) -> Any:
+    """For a hook of the U-Net itself, which compiled code runs in Python: else it would get a graph of its own."""
+    return torch._dynamo.decorators.skip(hook)
+
+
 _tickets = itertools.count()
 _scopes: WeakValueDictionary[int, Scope] = WeakValueDictionary()
 """How a trace finds a scope: what it calls at once may be given numbers only."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tiny import CONTROL_TRIALS, SETTINGS, TRIALS, check_files, save_tiny_pipeline
+from helpers.tiny import CONTROL_TRIALS, SETTINGS, TRIALS, check_files
 
 from rwopt import config
 from rwopt.progress import Silent
@@ -19,7 +19,8 @@ from rwopt.search.evaluation import OBJECTIVE
 from rwopt.search.search import Search
 
 NAMES = ["plain", "best solver", "best guidance", "sampler dials", "weights", "learned"]
-COMMAND = "rwopt search recipe=few-steps"
+RECIPE = "few-steps"
+COMMAND = f"rwopt search recipe={RECIPE}"
 CHANGES = [
     *SETTINGS, "task.steps=3", "task.sampler=dpmpp_2m", "task.teacher.steps=8", "weights.knots=0",
     "weights.group_by=stage_kind", "tuner.dial_trials=0", "probe.start=none", "tuner.name=gradient",
@@ -27,12 +28,6 @@ CHANGES = [
     "steps.grids=[trailing,karras,'14.6,2.9,0.3','14.6,0.3']", f"arms=[{','.join(NAMES)}]",
 ]  # fmt: skip
 PLAIN_SOLVERS = [f"{s}, {g}" for s in ("ddim", "dpmpp_2m") for g in ("trailing", "karras", "14.6,2.9,0.3")]
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> config.Settings:
-    model = save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model")
-    return config.load("few-steps", [*CHANGES, f"model.name={model}"])
 
 
 def arm(folder: Path, name: str) -> Arm:

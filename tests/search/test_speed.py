@@ -11,16 +11,22 @@ from helpers.tiny import SETTINGS, save_tiny_pipeline
 
 from rwopt import config
 from rwopt.errors import UserError
+from rwopt.models import load_model
 from rwopt.progress import Silent
+from rwopt.sampling.course import course_by_rule
 from rwopt.sampling.sample import sample
 from rwopt.schedule import Schedule
 from rwopt.schedule.actions import FULL
 from rwopt.search.arms import Arm
 from rwopt.search.evaluation import OBJECTIVE
+from rwopt.search.experiment import Experiment
 from rwopt.search.search import Search
+from rwopt.search.speed import Speed
+from rwopt.search.tuning import ArmTuner
 from rwopt.tasks.task import attach
 
-COMMAND = "rwopt search recipe=speed"
+RECIPE = "speed"
+COMMAND = f"rwopt search recipe={RECIPE}"
 CALLS = 5
 CHANGES = [
     *SETTINGS, f"task.steps={CALLS}", "task.budget=0.6", "task.teacher.steps=8", "weights.group_by=stage_kind",
@@ -28,12 +34,6 @@ CHANGES = [
     "steps.samplers=[ddim,dpmpp_2m]", "steps.grids=[trailing]", "speed.cases=2", "speed.proposals=3",
     "speed.actions=ho1g", "arms=[best solver,plan,sampler dials,learned]",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> config.Settings:
-    model = save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model")
-    return config.load("speed", [*CHANGES, f"model.name={model}"])
 
 
 def arm(folder: Path, name: str) -> Arm:
@@ -132,3 +132,13 @@ def test_a_finished_stage_is_not_made_again(finished: Any, settings: config.Sett
     before = again.experiment.model.calls
     assert again.speed.plan().choice == arm(folder, "plan").choice
     assert again.experiment.model.calls == before
+
+
+def test_edits_by_instruction_start_from_noise_in_plans_as_in_samplers(tmp_path: Path) -> None:
+    model = save_tiny_pipeline(tmp_path / "model")
+    words = ["task.name=editing", "task.method=instruct", "dials.strength=0.5", f"model.name={model}"]
+    settings = config.load("speed", [*CHANGES, *words])
+    experiment = Experiment(settings, load_model(str(model)))
+    speed = Speed(experiment, ArmTuner(experiment, tmp_path, Silent()), tmp_path)
+    whole = course_by_rule(experiment.model, 4, settings.task.sampler, settings.task.grid)
+    assert speed.course(4).sigmas == experiment.course(experiment.base, 4).sigmas == whole.sigmas

@@ -108,6 +108,17 @@ def inpainted(task: Any, pipe: Any, **more: Any) -> Tensor:
     return found
 
 
+def same_as_stock(task: Any, pipe: Any, schedule: Schedule, made_by: Callable[[Any, Any], Tensor]) -> None:
+    """A task's latents are those that `made_by(task, pipe)` gets, plain and with a schedule, which changes them."""
+    plain = task.made(DIALS).latents
+    same(plain, made_by(task, pipe))
+    with apply(pipe, schedule):
+        weighed = made_by(task, pipe)
+    same(task.made(DIALS, schedule).latents, weighed)
+    assert plain is not None
+    assert (weighed - plain).abs().max() > 0.05
+
+
 # --- what the stock pipelines make
 
 
@@ -118,13 +129,7 @@ def test_instructions_give_what_the_stock_pipeline_gives(
     model = twin(family, 8)
     task = make_task("editing", model, cases, STEPS, method="instruct", sampler=sampler)
     pipe, schedule = stock(model, f"{KINDS[family]}InstructPix2PixPipeline", sampler), bumpy(model)
-    plain = task.made(DIALS).latents
-    same(plain, instructed(task, pipe))
-    with apply(pipe, schedule):
-        weighed = instructed(task, pipe)
-    same(task.made(DIALS, schedule).latents, weighed)
-    assert plain is not None
-    assert (weighed - plain).abs().max() > 0.05
+    same_as_stock(task, pipe, schedule, instructed)
 
 
 def test_without_guidance_a_call_has_one_row(twin: Make, cases: list[Case]) -> None:
@@ -144,13 +149,7 @@ def test_inpainting_gives_what_the_stock_pipeline_gives(
     model = twin(family, channels)
     task = make_task("editing", model, cases, STEPS, method="inpaint", sampler=sampler)
     pipe, schedule = stock(model, f"{KINDS[family]}InpaintPipeline", sampler), bumpy(model)
-    plain = task.made(DIALS).latents
-    same(plain, inpainted(task, pipe))
-    with apply(pipe, schedule):
-        weighed = inpainted(task, pipe)
-    same(task.made(DIALS, schedule).latents, weighed)
-    assert plain is not None
-    assert (weighed - plain).abs().max() > 0.05
+    same_as_stock(task, pipe, schedule, inpainted)
 
 
 @pytest.mark.parametrize("channels", [9, 4])

@@ -14,7 +14,6 @@ from torch import Tensor
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
 from rwopt.schedule.actions import FULL, Action, Actions
-from rwopt.tuners.plan import order
 from rwopt.unet import peers
 from rwopt.unet.apply import apply
 from rwopt.unet.sites import list_sites
@@ -106,7 +105,7 @@ def test_every_peer_is_a_plan_that_never_lacks_a_value(peer: peers.Peer) -> None
                 known = fresh.get(name, fresh.get(kind, fresh.get("all", [])))
                 assert i - known[-1] <= peer.max_gap
         if action.place:
-            assert len(fresh["all"]) >= order(action)
+            assert len(fresh["all"]) >= action.takes
             assert i - fresh["all"][-1] <= peer.max_gap
         ruled = {name for name, _ in action.sites}
         if action == FULL:

@@ -1,0 +1,43 @@
+"""What long benchmarks have in common: their arguments, and work that several processes may share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from rwopt.cli.screen import quiet
+from rwopt.errors import UserError
+from rwopt.files import locked
+
+ROOT = Path(__file__).resolve().parent
+
+
+def command_line(name: str, doc: str | None, quick: str, seeds: int, about_seeds: str) -> argparse.Namespace:
+    """Read the command line of the benchmark `name`; no library says anything from then on.
+
+    quick, seeds, about_seeds: help and default of --quick and --seeds. Besides what may be typed the namespace has
+    `name`, which ends in -quick for such a run, `folder`, and `file`, where the result belongs.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--seeds", type=int, default=seeds, help=about_seeds)
+    parser.add_argument("--work", action="store_true", help="only run what is missing, beside other processes")
+    parser.add_argument("--table", action="store_true", help="only make the tables again from the result file")
+    parser.add_argument("--folder", type=Path, help=f"run folder (default lightning_logs/bench-{name})")
+    args = parser.parse_args()
+    quiet()
+    args.name = f"{name}-quick" if args.quick else name
+    args.folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{args.name}"
+    args.file = ROOT / "results" / f"{args.name}.json"
+    return args
+
+
+def unless_taken(folder: Path, name: str, job: Callable[[], object]) -> None:
+    """Do a part of the work in a run folder, unless another process is at it."""
+    try:
+        with locked(folder / "locks" / name):
+            job()
+    except UserError as error:
+        if "another search" not in str(error):
+            raise
