@@ -9,8 +9,12 @@ from collections.abc import Sequence
 class UserError(Exception):
     """A mistake that the user can mend: one line that names the thing, its value and the remedy.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with 2. What is not printable in a value (a line break in a
+    path, half a character) is shown as its escape.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def check(ok: bool, key: str, value: object, remedy: str) -> None:

@@ -28,9 +28,24 @@ def test_installed_recipes_are_valid_and_say_what_they_are() -> None:
         assert 20 < len(first) < 140, path
         settings = config.load(name)
         assert settings == config.load(str(path))
-        assert settings.task.name in name or name == "few-steps"
+        assert settings.task.name in name or name in {"few-steps", "speed"}
         terms = settings.objective.terms
         assert len(terms) == 1 or set(terms) <= set(settings.objective.report)  # one term is the objective's own column
+
+
+def test_an_override_takes_names_out_again() -> None:
+    whole = config.load("editing", ["objective=portrait"])
+    assert {"face.dlib", "laion.v2"} <= whole.objective.report.keys()
+    assert "face.dlib" in whole.tuner.guard
+    fewer = config.load("editing", ["objective=portrait", "objective.report.face.dlib=null", "tuner.guard.face.*=null",
+                                    "objective.report.l*=null", "objective.report.clip.i=false"])  # fmt: skip
+    gone = {"face.dlib", "laion.v2"}
+    kept = {name: chosen for name, chosen in whole.objective.report.items() if name not in gone}
+    assert fewer.objective.report == kept | {"clip.i": False}
+    assert fewer.tuner.guard.keys() == whole.tuner.guard.keys() - {"face.dlib"}
+    assert "objective.report has no face: choose from image_reward" in refused("editing", "objective=portrait",
+                                                                              "objective.report.face=null")  # fmt: skip
+    assert "terms is empty" in refused("editing", "objective.terms.*=null")
 
 
 def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line: parse, compose the recipe, call one function, print. Heavy imports wait until a verb runs.
 
-`parser.py`: what may be typed; `runs.py`, `pictures.py`, `files.py`, `objectives.py`, `exports.py`: the verbs;
-`screen.py`: what else is printed.
+`parser.py`: what may be typed; `runs.py`, `pictures.py`, `files.py`, `objectives.py`, `cost.py`, `exports.py`: the
+verbs; `screen.py`: what else is printed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ VERBS = {
     **{verb: f"pictures:{verb}" for verb in ("sample", "edit")},
     **{verb: f"files:{verb}" for verb in ("show", "sites", "recipes")},
     "objectives": "objectives:objectives",
+    "cost": "cost:cost",
     "export": "exports:export",
     "import": "exports:read_foreign",
     "edit-schedule": "exports:edit_schedule",
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"rwopt: {error.filename}: {error.strerror}: give another path", file=sys.stderr)
+        print(f"rwopt: {UserError(f'{error.filename}: {error.strerror}: give another path')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rwopt: interrupted; the run folder is whole, go on with resume=<run folder>", file=sys.stderr)

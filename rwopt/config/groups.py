@@ -2,7 +2,8 @@
 
 A recipe names those that it is made of, `use: [model/sdxl, budget/card-8gb]`; its own keys come after them, and what
 the command line chooses, `model=sdxl`, after these. In mappings of free names (`objective.terms`, `objective.report`,
-`tuner.guard`) a null takes a name out again, or all that fit a pattern: `"judge.*": null`.
+`tuner.guard`) a null takes a name out again, or all that fit a pattern: `"judge.*": null`, and as an override
+`objective.report.judge.*=null`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rwopt.files import package_folder
 
 GROUPS = ("model", "task", "objective", "budget")
 
-_FREE = ("objective.terms.", "objective.report.", "tuner.guard.")
+FREE = ("objective.terms.", "objective.report.", "tuner.guard.")
 
 
 def groups() -> dict[str, tuple[Path, str]]:
@@ -59,7 +60,7 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any], prefix: str = "") -
     out = dict(base)
     for key, value in more.items():
         path = f"{prefix}{key}."
-        if value is None and path.startswith(_FREE):
+        if value is None and path.startswith(FREE):
             out = {name: kept for name, kept in out.items() if not fnmatch.fnmatchcase(name, key)}
         elif isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
             out[key] = merged(out[key], value, path)

@@ -8,13 +8,14 @@ Nothing behind this module sees OmegaConf.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import io
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rwopt.config.groups import groups, heading, is_choice, merged, read_group
+from rwopt.config.groups import FREE, groups, heading, is_choice, merged, read_group
 from rwopt.config.settings import Settings
 from rwopt.errors import UserError
 from rwopt.files import package_folder
@@ -60,7 +61,8 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Settings:
         whole = _composed(OmegaConf.load(io.StringIO(text)), where, [o for o in overrides if is_choice(o)])
         config = OmegaConf.merge(OmegaConf.structured(Settings), _known(whole, where))
         for place in (o for o in overrides if not is_choice(o)):
-            config = OmegaConf.merge(config, _known(OmegaConf.create(_nested(place)), place))
+            if not _dropped(config, place):
+                config = OmegaConf.merge(config, _known(OmegaConf.create(_nested(place)), place))
         place = where
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -126,6 +128,24 @@ def _nested(item: str) -> dict[str, Any]:
     for part in reversed(parts):
         value = {part: value}
     return dict(value)
+
+
+def _dropped(config: Any, item: str) -> bool:
+    """Whether an override drops entries of a mapping of free names, as objective.report.face.*=null: done in place."""
+    node, path, inner = config, "", _nested(item)
+    while isinstance(inner, dict):
+        ((name, inner),) = inner.items()
+        if inner is None and path in FREE:
+            found = [known for known in node if fnmatch.fnmatchcase(known, name)]
+            if not found:
+                raise UserError(f"{item}: {path[:-1]} has no {name}: choose from {', '.join(node) or 'nothing'}")
+            for known in found:
+                del node[known]
+            return True
+        if not isinstance(inner, dict) or name not in node:
+            return False
+        node, path = node[name], f"{path}{name}."
+    return False
 
 
 def _known(config: Any, where: str) -> Any:

@@ -76,6 +76,36 @@ def schema() -> dict[str, Any]:
     return found
 
 
+def private_entries(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's own `x-...` entries at their places, without the rest: those of sites under the site's id, those of
+    levels of actions under the level's sigma."""
+    found = _private(document)
+    for part in ("op", "grid", "steps", "actions"):
+        found |= {part: own} if (own := _private(document.get(part, {}))) else {}
+    if own := {site["id"]: own for site in document["sites"] if (own := _private(site))}:
+        found["sites"] = own
+    if own := {x["sigma"]: own for x in document.get("actions", {}).get("levels", ()) if (own := _private(x))}:
+        found["actions"] = {**found.get("actions", {}), "levels": own}
+    return found
+
+
+def _private(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name.startswith("x-")}
+
+
+def put_private(document: dict[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """`document` with `private_entries` at their places; those whose place is gone are left out."""
+    for name, value in entries.items():
+        if name.startswith("x-"):
+            document[name] = value
+        elif name in ("sites", "levels"):
+            key = "id" if name == "sites" else "sigma"
+            document[name] = [entry | value.get(entry[key], {}) for entry in document[name]]
+        elif name in document:
+            put_private(document[name], value)
+    return document
+
+
 def check(document: Any, notes: bool = False) -> None:
     """Raise UserError unless `document` fits the schema, with numbers to compute with; notes: and no NaN elsewhere."""
     from jsonschema import Draft202012Validator  # slow to import, and looking a schedule up does not need it

@@ -23,7 +23,18 @@ from numpy.typing import ArrayLike
 from rwopt.errors import UserError
 from rwopt.files import write_text
 from rwopt.schedule.actions import Actions, actions_of
-from rwopt.schedule.document import FORMAT, LARGEST, LIMIT, VERSION, brief, check, read_document, schema
+from rwopt.schedule.document import (
+    FORMAT,
+    LARGEST,
+    LIMIT,
+    VERSION,
+    brief,
+    check,
+    private_entries,
+    put_private,
+    read_document,
+    schema,
+)
 from rwopt.schedule.hub import Hub
 from rwopt.schedule.noise import Array, noise_table, timestep_of
 from rwopt.schedule.steps import Steps, steps_of
@@ -46,7 +57,7 @@ class Schedule(Hub):
     mode: residual, `x + w f(x)`, or output, `w (x + f(x))`.
     interp: linear, nearest, or previous (hold the last knot that sampling has passed), in ln sigma.
     model, calibrated, provenance: notes on the origin; noise: the training noise, see `rwopt.schedule.noise`.
-    extra: the file's own `x-...` entries, kept.
+    extra: the file's own `x-...` entries, kept: see `rwopt.schedule.document.private_entries`.
     cfg_branch: the rows of guidance that it holds for, both, cond or uncond.
     steps: dials of the sampler that belong to the weights, or None: `rwopt.schedule.steps`.
     actions: what each call computes and what it takes from earlier ones, or None: `rwopt.schedule.actions`.
@@ -133,7 +144,7 @@ class Schedule(Hub):
 
     def digest(self) -> str:
         """SHA-256 (hex) of what it does, as saved: op, sites, noise, grid, weights, steps, actions; no notes."""
-        document = self.to_dict()
+        document = self._document()
         core = {name: document.get(name) for name in ("op", "sites", "noise", "grid", "weights")}
         # left out if absent, so that older files keep their digest
         core |= {name: document[name] for name in ("steps", "actions") if name in document}
@@ -148,6 +159,10 @@ class Schedule(Hub):
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content. Weights are rounded to 6 significant digits, finer than half precision."""
+        return put_private(self._document(), self.extra)
+
+    def _document(self) -> dict[str, Any]:
+        """`to_dict` without private entries."""
         grid: dict[str, Any] = {"sigma": self.sigmas.tolist()}
         indexed = self.noise.get("timestep", "index") == "index"
         if indexed and {"beta_schedule", "train_sigma"} & self.noise.keys():  # for people who read the file
@@ -168,7 +183,6 @@ class Schedule(Hub):
             **({} if self.actions is None else {"actions": self.actions.to_dict()}),
             "calibrated": dict(self.calibrated),
             "provenance": dict(self.provenance),
-            **self.extra,
         }
 
     def exact(self) -> dict[str, Any]:
@@ -202,7 +216,7 @@ class Schedule(Hub):
             noise=noise,
             calibrated=document.get("calibrated", {}),
             provenance=document.get("provenance", {}),
-            extra={name: value for name, value in document.items() if name.startswith("x-")},
+            extra=private_entries(document),
             cfg_branch=op.get("cfg_branch", "both"),
             steps=steps_of(document.get("steps")),
             actions=actions_of(document.get("actions")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import Actions
 from rwopt.schedule.noise import edm_noise, edm_sigma, noise_block, noise_table, sigma_at, sigma_of, timestep_of
 from rwopt.schedule.schedule import INTERPOLATIONS
+from rwopt.schedule.steps import Steps
 
 NAMES = [
     f"{block}.attentions.{j}{kind}"
@@ -174,10 +177,26 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_minor_versions_and_private_entries_are_read() -> None:
-    inner = {"sigma": [9, 1], "x-note": "ignored"}
-    loaded = Schedule.from_dict(document(version="1.7", grid=inner, **{"x-tool": 3}))
+    loaded = Schedule.from_dict(document(version="1.7", **{"x-tool": 3}))
     assert loaded.extra == {"x-tool": 3}
     assert loaded.to_dict()["x-tool"] == 3
+
+
+def test_private_entries_are_kept_at_their_places() -> None:
+    plan = Actions.along([9.0, 3.0, 1.0], "FFo")
+    plain = Schedule.constant(tuple(NAMES[:2]), [9.0, 1.0], steps=Steps("ddim", (9.0, 3.0, 1.0)), actions=plan)
+    given = plain.to_dict() | {"x-tool": [3]}
+    for part in ("op", "grid", "steps", "actions"):
+        given[part]["x-note"] = {"of": part}
+    given["sites"][1]["x-note"] = "b's"
+    given["actions"]["levels"][2]["x-note"] = "of the last"
+    kept = Schedule.from_dict(given)
+    assert kept.to_dict() == given
+    assert kept.digest() == plain.digest()
+    assert kept != plain
+    moved = replace(kept, sites=(NAMES[1], NAMES[2]), steps=None, actions=None).to_dict()
+    assert moved["sites"] == [{"id": NAMES[1], "x-note": "b's"}, {"id": NAMES[2]}]
+    assert not moved.keys() & {"steps", "actions"}
 
 
 def test_notes_that_are_not_json_are_refused_and_leave_no_file(tmp_path: Path) -> None:

@@ -45,8 +45,10 @@ ANY = ("few-steps", "generation", "sdedit", "inversion")
 MADE_FOR: dict[str, tuple[tuple[str, int], ...]] = {
     "instruct": (("instruct-pix2pix", 8), ("sdxl-instruct-pix2pix", 8)),
     "inpaint": (("sd15-inpainting", 9), ("sdxl-inpainting", 9), ("sd15", 4), ("sd-turbo", 4), ("sdxl", 4)),
+    "speed": (("sd15", 4), ("sd-turbo", 4), ("sdxl", 4)),
 }
-"""Groups of tasks that some models are made for: group of models and channels of the U-Net."""
+"""Groups of tasks that some models are made for, or (speed) that differ with guidance and family: group of models and
+channels of the U-Net."""
 
 CELLS = [(model, task, 4) for model in PLAIN for task in ANY]
 CELLS += [(model, task, channels) for task, models in MADE_FOR.items() for model, channels in models]
@@ -58,7 +60,10 @@ SMALL = ["task.batch=4", "task.steps=2", "task.teacher.steps=4", "task.train=1",
 OWN = {
     "lcm": ["task.sampler=lcm", "steps.learn=[clock,told]"],  # its U-Net is told the scale, and has no rows for it
     "sdxl-instruct-pix2pix": ["task.size=[64,64]"],
+    "speed": ["task.steps=4", "task.budget=0.6", "speed.cases=1", "speed.proposals=2", "tuner.dial_trials=0",
+              "tuner.name=gradient", "gradient.updates=1", "arms=[plain,plan,learned]"],
 }
+
 
 def test_every_group_has_its_place() -> None:
     known = [name.partition("/")[::2] for name in groups()]
@@ -107,7 +112,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def searched(folder: Path, model: str, task: str, place: Path, cases: Path) -> Search:
     changes = [f"model={model}", f"task={task}", *SMALL, f"model.name={place}", f"task.cases={cases}"]
-    search = Search(config.load("few-steps", [*changes, *OWN.get(model, [])]), folder, Silent())
+    search = Search(config.load("few-steps", [*changes, *OWN.get(model, []), *OWN.get(task, [])]), folder, Silent())
     assert search.preflight().lines
     search.run("rwopt search")
     return search
