@@ -103,6 +103,22 @@ def parser() -> Parser:
     sites = verb("sites", "list where weights can act on a model, with the names that other tools use")
     sites.add_argument("model", help="avatars, a diffusers folder or a hub id; only its configuration is read")
 
+    about = "measure where the time of a U-Net call goes on this machine, and what each action saves"
+    price = verb("cost", about, "what it prints, and how a search uses it: docs/speed.md")
+    price.add_argument("model", help="avatars, a diffusers folder or a hub id; its configuration is read, no weights")
+    about = "height and width of pictures in pixels, one number for both (default: the model's own)"
+    price.add_argument("--size", type=int, nargs="+", metavar="N", help=about)
+    price.add_argument("--batch", type=int, default=1, metavar="N", help="pictures in a call (default 1)")
+    about = "one row a picture (default: two, with and without the prompt)"
+    price.add_argument("--no-guidance", dest="guidance", action="store_false", help=about)
+    formats = ("auto", "float32", "bfloat16", "float16")
+    price.add_argument("--dtype", default="auto", choices=formats, help="of the U-Net (default: as in a search)")
+    devices = ("auto", "cpu", "cuda")
+    price.add_argument("--device", default="auto", choices=devices, help="default: the GPU if there is one")
+    price.add_argument("--rounds", type=int, default=7, metavar="N", help="how often each action is timed (default 7)")
+    about = "file of all this; a search takes it as speed.cost=FILE.json"
+    price.add_argument("--out", type=Path, metavar="FILE.json", help=about)
+
     one = verb("objectives", "list rewards and metrics, what they need, and what of it is missing here")
     one.add_argument("name", nargs="?", metavar="NAME", help="all about one, also about path/to/file.py:function")
 

@@ -192,12 +192,16 @@ class SpeedSettings:
     """The search for a plan, where `task.budget` is below 1 (`rwopt.search.speed`): letters of the actions that it may
     take (`rwopt.schedule.actions`), calls in a row that one stored value may serve, train cases on which errors are
     measured, and how many plans of each grid are tried on validation cases.
+
+    cost: a file of `rwopt cost --out`, by which actions are priced in place of measuring them here: of the machine that
+    will use the plan.
     """
 
     actions: str = "ho1ag"
     max_gap: int = 2
     cases: int = 16
     proposals: int = 12
+    cost: str = ""
 
     def __post_init__(self) -> None:
         at_least_one(self, "speed", "max_gap", "cases", "proposals")

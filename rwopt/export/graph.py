@@ -31,6 +31,7 @@ from rwopt.schedule import Schedule, noise_table
 from rwopt.schedule.noise import Array, sigma_at, timestep_of
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.call import Columns
+from rwopt.unet.example import check_plain, example_inputs
 from rwopt.unet.sites import FREEU_KINDS
 
 WEIGHTS = ("table", "input")
@@ -38,9 +39,6 @@ WEIGHTS = ("table", "input")
 
 OUTPUT = "out_sample"
 _SLACK = 1e-3  # in ln sigma: `previous` takes a knot so much early, as `Schedule.at` does
-_TOKENS, _ROWS = 7, 2  # of the example call; any numbers will do
-_CLASS = "UNet2DConditionModel"
-_PLAIN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
 
 def check(schedule: Schedule, host: str, package: str, extra: str, weights: str, steps: bool) -> None:
@@ -134,17 +132,12 @@ def traceable(schedule: Schedule, unet: Any, weights: str) -> Iterator[Traceable
     UserError for networks other than those of Stable Diffusion 1.x, 2.x and XL.
     """
     net = network(unet)
-    kind, config = type(net).__name__, net.config
-    if kind != _CLASS or config.addition_embed_type not in (None, "text_time"):
-        raise UserError(f"unet={kind}: a graph is made of a {_CLASS} of Stable Diffusion's kind")
-    for name in _PLAIN:
-        if config.get(name) is not None:
-            raise UserError(f"the U-Net's {name} is {config[name]!r}: a graph is made of one without")
+    check_plain(net, "a graph is made of")
     kinds = {parameter.dtype for parameter in net.parameters()}
     if kinds != {torch.float32}:
         raise UserError(f"the U-Net is in {', '.join(map(str, kinds))}: give it in float32, and shrink the graph")
     table = Table(schedule) if weights == "table" else None
-    inputs, axes = _inputs(config, len(schedule.sites) if table is None else 0)
+    inputs, axes = _inputs(net.config, len(schedule.sites) if table is None else 0)
     attachment = Attachment(net, schedule.sites, schedule.mode)
     try:
         with warnings.catch_warnings(), torch.enable_grad():  # with gradients nothing is written in place
@@ -157,21 +150,9 @@ def traceable(schedule: Schedule, unet: Any, weights: str) -> Iterator[Traceable
 def _inputs(config: Any, weights: int) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
     """Inputs as ONNX pipelines name them; `weights`: how many, for an input of their own."""
     size = 2 ** len(config.block_out_channels)
-    text = config.cross_attention_dim
-    text = text if isinstance(text, int) else text[0]
-    inputs = {
-        "sample": torch.randn(_ROWS, config.in_channels, size, size),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(_ROWS, _TOKENS, text),
-    }
+    inputs = example_inputs(config, (size, size))
     axes = {"sample": {0: "batch", 2: "height", 3: "width"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
-    if config.addition_embed_type:
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs |= {"text_embeds": torch.randn(_ROWS, pooled), "time_ids": torch.ones(_ROWS, 6)}
-        axes |= {"text_embeds": {0: "batch"}, "time_ids": {0: "batch"}}
-    if config.time_cond_proj_dim:
-        inputs["timestep_cond"] = torch.randn(_ROWS, config.time_cond_proj_dim)
-        axes["timestep_cond"] = {0: "batch"}
+    axes |= {name: {0: "batch"} for name in inputs if name not in (*axes, "timestep")}
     if weights:
         inputs["site_weights"] = torch.full((weights,), 0.75)
     return inputs, axes

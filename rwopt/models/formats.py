@@ -8,9 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwopt.errors import UserError
 from rwopt.models.memory import LARGE, feature_map
 
 FORMATS = ("float32", "bfloat16", "float16")
+
+
+def device_of(device: str, key: str = "model.device") -> str:
+    """A device by name; "auto": the GPU, if there is one. UserError, which names `key`, for one that is not here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"{key}={device} is not to be had on this machine: use cpu or auto") from None
+    return device
+
+
+def unet_format_of(dtype: str, device: str) -> torch.dtype:
+    """A U-Net's number format by name; "auto": bfloat16 where the processor behind `device` has it, else float32."""
+    found: torch.dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if has_bf16(device) else "float32")
+    return found
 
 
 def has_bf16(device: str) -> bool:

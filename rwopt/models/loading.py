@@ -18,7 +18,7 @@ from torch import nn
 from rwopt.errors import UserError, check, one_of
 from rwopt.models.addons import add_embeddings, add_loras, other_vae
 from rwopt.models.channels import check_channels
-from rwopt.models.formats import FORMATS, auto_vae_format, has_bf16
+from rwopt.models.formats import FORMATS, auto_vae_format, device_of, has_bf16, unet_format_of
 from rwopt.models.model import Model, latent_size, vae_factor
 from rwopt.models.quiet import quiet
 from rwopt.models.single_file import SD, XL, is_file_name, kind_of_file, open_file, without_extras
@@ -80,19 +80,13 @@ def load_model(
     Raises `UserError` for what cannot be opened or is no model of these kinds, for add-ons that do not fit, and for a
     device, number format, switch or size that does not exist.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"model.device={device} is not to be had on this machine: use cpu or auto") from None
+    device = device_of(device)
     for key, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
         if value not in ("auto", *FORMATS):
             raise UserError(f"model.{key}={value} is not a number format: use {', '.join(FORMATS)} or auto")
     one_of(("auto", "on", "off"), "model.checkpointing", checkpointing)
     _checked_size(size)  # before minutes of reading; once more when the VAE is known
-    bf16 = has_bf16(device)
-    unet_format = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float32")
+    bf16, unet_format = has_bf16(device), unet_format_of(dtype, device)
     # LoRAs are added to whole numbers: half precision would lose small ones
     pipe = _opened(name, torch.float32 if loras else unet_format, revision, variant, config, vae, method)
     _check_noise(name, pipe.scheduler)
@@ -117,15 +111,20 @@ def load_model(
         encoder.float()
         if not device.startswith("cuda"):  # there it waits in the computer's own memory: `rwopt.models.text`
             encoder.to(device)
-    if name == "avatars" and device == "cpu":
-        # few heads and 64 tokens: the plain processor beats flash attention here, two- to threefold in backward
-        from diffusers.models.attention_processor import AttnProcessor
-
-        pipe.unet.set_attn_processor(AttnProcessor())
+    suit(pipe.unet, name, device)
     return Model(
         name, pipe.unet, pipe.vae, encoders[0], pipe.tokenizer, pipe.scheduler, torch.device(device),
         checkpointing=checkpointing, pipe=pipe, clip_skip=clip_skip, negative=negative, size=wanted,
     )  # fmt: skip
+
+
+def suit(unet: Any, name: str, device: str) -> None:
+    """Choose what computes attention in a model's U-Net."""
+    if name == "avatars" and device == "cpu":
+        # few heads and 64 tokens: the plain processor beats flash attention here, two- to threefold in backward
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
 
 
 def _opened(name: str, unet: torch.dtype, revision: str, variant: str, config: str, vae: str, method: str) -> Any:

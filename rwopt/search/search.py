@@ -71,6 +71,7 @@ class Search:
         """What the typed border cannot know: names and ranges that depend on the model and the cases."""
         settings, model = self.settings, self.experiment.model
         report_metrics(settings)
+        self.speed.check()
         if settings.steps.learn and settings.tuner.dial_trials:
             raise UserError(
                 f"steps.learn={settings.steps.learn} with tuner.dial_trials={settings.tuner.dial_trials}: strength and "

@@ -1,7 +1,8 @@
 """A plan of actions under a budget of compute: proposed by a dynamic program, chosen on validation cases.
 
 The budget is a share of the time of the plain run (`task.steps` full calls, `task.budget`). Time is counted in full
-calls by measured costs of each action on this machine (`rwopt.unet.cost`), at the batch size of the search.
+calls by measured costs of each action (`rwopt.unet.cost`): on this machine at the batch size of the search, or those of
+the file `speed.cost`, measured on another.
 
 1. For grids of several lengths, from `task.steps` calls down to as many as the budget pays in full, one plain run on a
    few train cases tells the error of each action at each call and what it does to the end (`rwopt.probes.actions`).
@@ -20,7 +21,8 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from rwopt.files import write_text
+from rwopt.errors import UserError
+from rwopt.files import write_bytes, write_text
 from rwopt.models import Model
 from rwopt.probes.actions import ActionErrors, action_errors
 from rwopt.sampling.course import Course
@@ -33,6 +35,9 @@ from rwopt.search.tuning import ArmTuner
 from rwopt.tuners.plan import Proposal, proposals
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.cost import CostTable, cost_table
+
+COSTS = "cost.json"
+"""In a run folder: the table of costs."""
 
 GRIDS = 4
 """Lengths of grid that plans are looked for on."""
@@ -56,11 +61,15 @@ class Speed:
         return max(1, int(self.most))
 
     @property
+    def guided(self) -> bool:
+        """Whether calls have rows [unconditional, conditional]."""
+        return self.experiment.base.guidance != 1 and self.experiment.model.guidance_width is None
+
+    @property
     def actions(self) -> tuple[Action, ...]:
         """The recipe's actions; none on guidance where there is none."""
-        guided = self.experiment.base.guidance != 1 and self.experiment.model.guidance_width is None
         found = by_letters(self.settings.speed.actions)
-        return tuple(a for a in dict.fromkeys(found) if a != FULL and (guided or a.kind != "guidance"))
+        return tuple(a for a in dict.fromkeys(found) if a != FULL and (self.guided or a.kind != "guidance"))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -72,11 +81,37 @@ class Speed:
         """The task's sampler on its grid of another length, at the recipe's dials."""
         return self.experiment.course(self.experiment.base, calls)
 
+    def check(self) -> None:
+        """Bring the recipe's own costs into the run folder, once. UserError for a file that does not fit this run."""
+        place, path = self.settings.speed.cost, self.folder / COSTS
+        if not place or path.exists():
+            return
+        key = f"speed.cost={place}"
+        if self.settings.task.budget >= 1:
+            raise UserError(f"{key}: at task.budget=1 no plan is searched for, set it below 1, or leave this out")
+        table = CostTable.load(place)
+        if table.guided != self.guided:
+            have, need = ("with" if guided else "without" for guided in (table.guided, self.guided))
+            flag = "without" if self.guided else "with"
+            raise UserError(f"{key}: is of calls {have} guidance, this run's are {need}: measure {flag} --no-guidance")
+        model = self.experiment.model
+        own = (model.unet.config.in_channels, *model.latent_shape[1:])
+        if table.shape[1:] != own:
+            have, need = (" x ".join(map(str, shape)) for shape in (table.shape[1:], own))
+            raise UserError(f"{key}: is of latents {have}, this run's are {need}: measure at its size (--size)")
+        for action in self.actions:
+            try:
+                table.of(action)
+            except UserError:
+                remedy = "leave it out of speed.actions, or measure again"
+                raise UserError(f"{key}: has no cost of action {action.letter}: {remedy}") from None
+        write_bytes(path, Path(place).read_bytes())
+
     def cost(self) -> CostTable:
-        """What actions cost here, measured once."""
-        path = self.folder / "cost.json"
+        """What actions cost, measured once."""
+        path = self.folder / COSTS
         if path.exists():
-            return CostTable.from_json(json.loads(path.read_text()))
+            return CostTable.load(path)
         model, task = self.experiment.model, self.experiment.splits.task("validation")
         with Attachment(model.unet, ()) as hooks:
             x, cond, course = task.inputs(hooks, self.experiment.base, slice(0, task.batch))

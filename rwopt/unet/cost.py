@@ -8,23 +8,29 @@ equivalents.
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_line
+from rwopt.files import read_head
 from rwopt.schedule.actions import FULL, Action, Actions, Level
 from rwopt.unet.actions import Frame, Past
 from rwopt.unet.actions_patterns import Layout
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
 
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_LARGEST = 2**20  # bytes of a file
 SITE_KINDS = ("transformer", "self", "cross", "ff", "resnet")
 
 
@@ -71,12 +77,30 @@ class CostTable:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> CostTable:
-        """The inverse of `to_json`. UserError for anything else."""
+    def load(cls, path: str | os.PathLike[str]) -> CostTable:
+        """Of a file that `rwopt cost --out` wrote, or a run folder's. UserError, which names it, for any other."""
         try:
-            return cls(**{**document, "shape": tuple(document["shape"])})
-        except (TypeError, KeyError) as error:
-            raise UserError(f"this is no cost table ({error}): measure one with rwopt.unet.cost.cost_table") from None
+            return cls.from_json(json.loads(read_head(path, _LARGEST, "a file of rwopt cost --out")))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({one_line(str(error))}): give a file of rwopt cost --out") from None
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+    @classmethod
+    def from_json(cls, document: Any) -> CostTable:
+        """The inverse of `to_json`; what else is in the document is left alone. UserError for anything else."""
+        try:
+            own = {f.name: document[f.name] for f in fields(cls) if f.name in document}
+            table = cls(**{**own, "shape": tuple(int(n) for n in own["shape"])})
+            shares = [value for part in (table.operations, table.time) for value in part.values()]
+            numbers = [*shares, table.seconds, table.multiply_adds]
+            fits = all(math.isfinite(n) and n >= 0 for n in numbers) and isinstance(table.guided, bool)
+            if not fits or not all(math.isfinite(n) for n in table.sites.values()):  # a share may be below 0 by noise
+                raise ValueError("a number that is none")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            reason = one_line(str(error))
+            raise UserError(f"this is no cost table ({reason}): make one with rwopt cost MODEL --out FILE") from None
+        return table
 
 
 def _key(action: Action) -> str:
@@ -158,22 +182,47 @@ def _runner(
     return lambda: call(x, t, text, None, **others)
 
 
+def operation_counter() -> FlopCounterMode:
+    """Counts two operations a multiply-add. PyTorch's own does not know the fused attention of processors."""
+
+    def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    return FlopCounterMode(display=False, custom_mapping={_FUSED: fused})
+
+
 def _operations(call: Callable[[], Any]) -> float:
     """Multiply-adds of a call."""
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         call()
     return float(counter.get_total_flops()) / 2
 
 
-def _seconds(call: Callable[[], Any], x: Tensor) -> float:
-    """Of this thread's processor; on a GPU, of the device."""
-    if x.device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
+class Watch:
+    """Time of this thread's processor (with several threads, of the process); on a GPU, of the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._clock = time.process_time if torch.get_num_threads() > 1 else time.thread_time
+
+    def now(self) -> Any:
+        """A moment, of use for `seconds` alone."""
+        if not self.cuda:
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two moments. Waits for the device to have reached the second."""
+        if not self.cuda:
+            return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
-    begin = time.process_time() if torch.get_num_threads() > 1 else time.thread_time()
+
+
+def _seconds(call: Callable[[], Any], x: Tensor) -> float:
+    watch = Watch(x.device)
+    begin = watch.now()
     call()
-    return (time.process_time() if torch.get_num_threads() > 1 else time.thread_time()) - begin
+    return watch.seconds(begin, watch.now())

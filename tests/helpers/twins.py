@@ -223,6 +223,12 @@ def make(name: str, seed: int = 0, rows: int = 2, **changes: Any) -> Twin:
     return Twin(unet, x, rest)
 
 
+def make_small() -> Twin:
+    """The twin of SD with one level: every kind of site, and a third fewer modules to trace."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    return make("sd", **blocks, block_out_channels=(8,))
+
+
 def ids_of(unet: Any, kinds: tuple[str, ...] = ("transformer",)) -> list[str]:
     """All sites of those of these kinds that the U-Net has."""
     present = {site.kind for site in list_sites(unet, ALL_KINDS)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from rwopt.search.search import Search
 from rwopt.search.speed import Speed
 from rwopt.search.tuning import ArmTuner
 from rwopt.tasks.task import attach
+from rwopt.unet.cost import CostTable
 
 RECIPE = "speed"
 COMMAND = f"rwopt search recipe={RECIPE}"
@@ -142,3 +146,72 @@ def test_edits_by_instruction_start_from_noise_in_plans_as_in_samplers(tmp_path:
     speed = Speed(experiment, ArmTuner(experiment, tmp_path, Silent()), tmp_path)
     whole = course_by_rule(experiment.model, 4, settings.task.sampler, settings.task.grid)
     assert speed.course(4).sigmas == experiment.course(experiment.base, 4).sigmas == whole.sigmas
+
+
+def costs(**changes: Any) -> dict[str, Any]:
+    """A table for the tiny model's calls, in which every action costs next to nothing."""
+    time = dict.fromkeys(("1", "G"), 0.01)
+    table = CostTable(time, time, 1.0, 1e9, (2, 4, 8, 8), True, "another machine", "float32", 1)
+    return table.to_json() | changes
+
+
+@pytest.fixture(scope="module")
+def priced(settings: config.Settings) -> Any:
+    """The stage with the prices of a file and the actions 1 and g, on one model."""
+    model = load_model(settings.model.name, dtype="float32")
+
+    def make(folder: Path, file: Path, letters: str = "1g", guidance: float = 4.0, budget: float = 0.6) -> Speed:
+        wanted = replace(
+            settings, speed=replace(settings.speed, actions=letters, cost=str(file)),
+            dials=replace(settings.dials, guidance=guidance), task=replace(settings.task, budget=budget),
+        )  # fmt: skip
+        experiment = Experiment(wanted, model)
+        return Speed(experiment, ArmTuner(experiment, folder, Silent()), folder)
+
+    return make
+
+
+def test_a_plan_takes_what_is_cheap_by_the_given_costs(priced: Any, tmp_path: Path) -> None:
+    """Either way round, so it is the price and not the error that decides. The run keeps its own copy."""
+    file, kept = tmp_path / "cost.json", tmp_path / "run" / "cost.json"
+    speed = priced(tmp_path / "run", file)
+    for cheap, time in (("g", {"1": 1.5, "G": 0.01}), ("1", {"1": 0.01, "G": 1.5})):
+        file.write_text(json.dumps({"model": "mine", **costs(time=time), "shares": []}))
+        speed.check()
+        assert kept.read_bytes() == file.read_bytes()
+        file.unlink()
+        speed.check()
+        assert speed.cost().device == "another machine"
+        plans = {letter for p in speed.proposed(4) for letter in p.text}
+        assert plans == {"F", cheap}
+        kept.unlink()
+
+
+@pytest.mark.parametrize(
+    ("document", "options", "said"),
+    [
+        (costs(guided=False), {}, "is of calls without guidance, this run's are with: measure without --no-guidance"),
+        (costs(), {"guidance": 1.0}, "with guidance, this run's are without: measure with --no-guidance"),
+        (costs(), {"letters": "1x"}, "has no cost of action x: leave it out of speed.actions, or measure again"),
+        (costs(shape=[2, 4, 16, 16]), {}, "is of latents 4 x 16 x 16, this run's are 4 x 8 x 8"),
+        (costs(), {"budget": 1.0}, "at task.budget=1 no plan is searched for"),
+        ([], {}, "no cost table"),
+    ],
+)
+def test_costs_that_do_not_fit_are_refused(
+    priced: Any, tmp_path: Path, document: Any, options: dict[str, Any], said: str
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(document))
+    speed = priced(tmp_path / "run", file, **options)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        speed.check()
+    assert "mine.json" in str(error.value)
+    assert not (tmp_path / "run" / "cost.json").exists()
+
+
+def test_a_search_refuses_them_before_it_works(settings: config.Settings, tmp_path: Path) -> None:
+    wrong = replace(settings, speed=replace(settings.speed, cost=str(tmp_path / "nowhere.json")))
+    with pytest.raises(UserError, match=r"nowhere\.json: cannot be read"):
+        Search(wrong, tmp_path / "run", Silent())
+    assert not (tmp_path / "run" / "recipe.yaml").exists()

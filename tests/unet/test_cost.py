@@ -68,16 +68,17 @@ def plain(net: Any) -> Count:
     return counted(net, torch.tensor(500))
 
 
-@pytest.mark.parametrize(
-    ("kinds", "operations"),
-    [
-        (("transformer",), {"aten.lerp.Scalar": 1}),
-        (("self", "cross", "ff"), {"aten.mul.Tensor": 1}),
-        (("resnet",), {"aten.mul.Tensor": 1}),
-        (("skip",), {"aten.slice.Tensor": 1, "aten.mul_.Tensor": 1}),
-        (("backbone",), {"aten.slice.Tensor": 1, "aten.mul_.Tensor": 1}),
-    ],
-)
+CALLS: list[tuple[tuple[str, ...], dict[str, int]]] = [
+    (("transformer",), {"aten.lerp.Scalar": 1}),
+    (("self", "cross", "ff"), {"aten.mul.Tensor": 1}),
+    (("resnet",), {"aten.mul.Tensor": 1}),
+    (("skip",), {"aten.slice.Tensor": 1, "aten.mul_.Tensor": 1}),
+    (("backbone",), {"aten.slice.Tensor": 1, "aten.mul_.Tensor": 1}),
+]
+NETS = [("SD1.5", *call) for call in CALLS] + [("SDXL", *call) for call in CALLS[:2]]  # it differs in its transformers
+
+
+@pytest.mark.parametrize(("net", "kinds", "operations"), NETS, indirect=["net"], scope="module")
 def test_operations_of_a_call(net: Any, plain: Count, kinds: tuple[str, ...], operations: dict[str, int]) -> None:
     """One a site where rows share their weights, two at a join, none a call besides; nothing at weights of one."""
     unet = net[0]
