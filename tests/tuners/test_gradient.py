@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import signal
@@ -211,6 +212,11 @@ def switched(
     return gradient
 
 
+@functools.cache
+def unswitched(number: torch.dtype, pictures: int, path: GradientPath) -> Tensor:
+    return switched(number, pictures, path, False, "auto")
+
+
 SWITCHES = [  # each pair of two of the three; the eight left out cost as much again
     (path, bool((i + j) % 2), switch)
     for i, path in enumerate([*PATHS, GradientPath("detached")])
@@ -223,7 +229,7 @@ def test_the_gradient_is_the_same_with_every_switch(path: GradientPath, large: b
     """Six pictures, more than one crowd. In float32 only batch sizes differ, which round differently."""
     assert backprop.CROWD < 6
     for number, pictures, most in ((torch.float64, 6, 1e-12), (torch.float32, 6, 3e-6), (torch.float32, 1, 0)):
-        plain = switched(number, pictures, path, False, "auto")
+        plain = unswitched(number, pictures, path)
         found = switched(number, pictures, path, large, switch)
         assert float((found - plain).norm()) <= most * float(plain.norm())
 

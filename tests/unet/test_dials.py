@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditio
 from helpers import samplers
 from helpers.samplers import SD
 from helpers.small import hooks_of, inputs
-from helpers.twins import ids_of, make
+from helpers.twins import ids_of, make_small
 from torch._dynamo.testing import CompileCounter
 
 from rwopt.errors import UserError
@@ -276,7 +276,7 @@ def test_the_host_waits_once_a_picture_and_tensors_are_made_once(tiny_unet: UNet
 @torch.no_grad()
 def test_a_compiled_unet_is_told_by_one_more_graph_at_most() -> None:
     """A told timestep is an input of the graph: float32, where the solver's may be whole numbers."""
-    twin, counter = make("sd"), CompileCounter()
+    twin, counter = make_small(), CompileCounter()
     pipe = pipeline(twin.unet)
     schedule = plain(twin.unet, STEPS)
 
