@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.fits import LORA, bare, expected
 from helpers.samplers import sampler
-from helpers.twins import ids_of, make
+from helpers.twins import ids_of, make, make_small
 from torch._dynamo.testing import CompileCounter
 
 from rwopt.errors import UserError
@@ -22,7 +22,7 @@ from rwopt.schedule import Schedule
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.follow import Followed
-from rwopt.unet.sites import FREEU_KINDS, SITE_KINDS
+from rwopt.unet.sites import FREEU_KINDS, SITE_KINDS, list_sites
 
 HOW = pytest.mark.parametrize("how", ["torch.compile", "unet.compile"])
 
@@ -40,7 +40,7 @@ def compiled(how: str, unet: Any, backend: Any) -> Any:
 @torch.no_grad()
 def test_other_ways_to_compile(how: str) -> None:
     """More graphs than one, and the same numbers, at each step, with the schedule on and off."""
-    twin, times = make("sd"), torch.arange(900, 0, -200)
+    twin, times = make_small(), torch.arange(900, 0, -200)
     plain = [twin(t) for t in times]
     with apply(twin.unet, bare(twin.unet)):
         weighed = [twin(t) for t in times]
@@ -55,11 +55,13 @@ def test_other_ways_to_compile(how: str) -> None:
     torch._dynamo.reset()
 
 
-@HOW
-@pytest.mark.parametrize("kinds", [SITE_KINDS, ("transformer", *FREEU_KINDS)])
+@pytest.mark.parametrize(
+    ("how", "kinds"), [("torch.compile", SITE_KINDS), ("unet.compile", ("transformer", *FREEU_KINDS))]
+)
 @torch.no_grad()
 def test_compiled_is_one_graph_without_recompilation(how: str, kinds: tuple[str, ...]) -> None:
     twin, counter = make("sd"), CompileCounter()
+    assert {site.kind for site in list_sites(make_small().unet, kinds)} == {*kinds}  # for the other tests
     times = torch.arange(990, 0, -20)  # 50 steps
     schedule = Schedule(**{**vars(bare(twin.unet, kinds=kinds)), "provenance": {}})
     with apply(twin.unet, schedule):
@@ -79,7 +81,7 @@ def test_compiled_is_one_graph_without_recompilation(how: str, kinds: tuple[str,
 @torch.no_grad()
 def test_another_schedule_on_a_compiled_unet(how: str) -> None:
     """By `handle.schedule`, or taken off and put on again: never another graph, and none of it stays."""
-    twin, counter = make("sd"), CompileCounter()
+    twin, counter = make_small(), CompileCounter()
     first = bare(twin.unet)
     longer = np.linspace(0.5, 1.5, 12)[:, None].repeat(len(first.sites), 1)
     others = [
@@ -133,15 +135,13 @@ class Keep:
         return graph.forward
 
 
-@HOW
 @torch.no_grad()
-def test_weights_are_data_at_a_fixed_place_for_a_graph(how: str) -> None:
+def test_weights_are_data_at_a_fixed_place_for_a_graph() -> None:
     """What CUDA graphs need: no operator of our own, and inputs that keep their address from call to call."""
-    twin, keep = make("sd"), Keep()
+    twin, keep = make_small(), Keep()
     torch._dynamo.reset()
     with apply(twin.unet, bare(twin.unet)) as handle:
-        unet = twin.unet
-        unet = compiled(how, unet, keep)
+        unet = compiled("torch.compile", twin.unet, keep)
         twin(torch.tensor(500), unet)
         assert handle.attachment is not None
         place = handle.attachment._scope.place
@@ -161,7 +161,7 @@ def test_weights_are_data_at_a_fixed_place_for_a_graph(how: str) -> None:
 
 @torch.no_grad()
 def test_threads_on_a_compiled_unet_take_turns() -> None:
-    twin = make("sd")
+    twin = make_small()
     explicit = Attachment(twin.unet, ids_of(twin.unet, SITE_KINDS))
     weights = [torch.full((len(explicit.sites),), value) for value in (0.5, 1.0, 1.3, 1.7)]
     call = {"weights": None, **twin.args()}
@@ -189,7 +189,7 @@ def test_threads_on_a_compiled_unet_take_turns() -> None:
 @torch.no_grad()
 def test_hooks_that_a_compiled_graph_ignores_are_noticed() -> None:
     """Of the U-Net itself. Once there was a schedule in the process torch looks at hooks, and makes the graph anew."""
-    twin = make("sd")
+    twin = make_small()
     torch._dynamo.reset()
     torch._dynamo.config.skip_nnmodule_hook_guards = True  # as it is before there is a schedule
     compiled = torch.compile(twin.unet, backend="eager")
@@ -203,7 +203,7 @@ def test_hooks_that_a_compiled_graph_ignores_are_noticed() -> None:
 @torch.no_grad()
 def test_lora_between_schedule_and_compile(how: str) -> None:
     """It wraps layers that are weighed: they are followed to their new place."""
-    twin = make("sd")
+    twin = make_small()
     schedule, unet = bare(twin.unet), twin.unet
     torch._dynamo.reset()
     with apply(unet, schedule):
@@ -214,7 +214,7 @@ def test_lora_between_schedule_and_compile(how: str) -> None:
 
 
 def test_a_replaced_layer_is_followed() -> None:
-    twin = make("sd")
+    twin = make_small()
     resnet = twin.unet.mid_block.resnets[0]
     followed = Followed(resnet, "conv2", lambda *_: None)
     old, resnet.conv2 = resnet.conv2, copy.deepcopy(resnet.conv2)
@@ -226,7 +226,7 @@ def test_a_replaced_layer_is_followed() -> None:
 
 
 def test_a_compiled_unet_passes_no_gradient_to_the_weights() -> None:
-    twin = make("sd")
+    twin = make_small()
     explicit = Attachment(twin.unet, ids_of(twin.unet, SITE_KINDS))
     weights = torch.ones(len(explicit.sites), requires_grad=True)
     torch._dynamo.reset()
@@ -244,7 +244,7 @@ def test_a_compiled_unet_passes_no_gradient_to_the_weights() -> None:
 @torch.no_grad()
 def test_a_plain_unet_beside_a_weighed_one(first: str) -> None:
     """Graphs are shared by U-Nets that look alike: torch must look at the hooks, and does once there were some."""
-    twin, counter = make("sd"), CompileCounter()
+    twin, counter = make_small(), CompileCounter()
     other, t = copy.deepcopy(twin.unet), torch.tensor(500)
     plain = twin(t, other)
     with apply(twin.unet, bare(twin.unet)):
@@ -264,7 +264,7 @@ def test_a_plain_unet_beside_a_weighed_one(first: str) -> None:
 @pytest.mark.parametrize("how", ["torch.compile", "unet.compile", "repeated blocks"])
 @torch.no_grad()
 def test_the_graph_of_a_plain_unet_that_was_compiled_before_is_noticed(how: str) -> None:
-    twin, t = make("sd"), torch.tensor(500)
+    twin, t = make_small(), torch.tensor(500)
     other = copy.deepcopy(twin.unet)
     torch._dynamo.reset()
     torch._dynamo.config.skip_nnmodule_hook_guards = True  # as it is before there is a schedule
@@ -291,7 +291,7 @@ def test_the_graph_of_a_plain_unet_that_was_compiled_before_is_noticed(how: str)
 
 @torch.no_grad()
 def test_a_resting_schedule_of_another_pipeline_is_in_nobodys_way() -> None:
-    twin, scheduler = make("sd"), sampler("euler")
+    twin, scheduler = make_small(), sampler("euler")
     first, second = (SimpleNamespace(unet=twin.unet, scheduler=scheduler) for _ in range(2))
     schedule = bare(twin.unet)
     torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 LEVELS = noise_table(SD)
 STRIDE = int(os.environ.get("RWOPT_STRIDE", "90"))  # of the timesteps at which graphs are run; 1 takes all
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+Made = Callable[[str], tuple[Twin, Schedule, Path]]
 
 
 def run_onnx(folder: Path) -> tuple[Run, list[str]]:
@@ -97,12 +99,12 @@ def test_the_edge_of_a_window_is_as_steep_as_it_was() -> None:
 # --- the graphs
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
 @pytest.mark.parametrize("host", RUNTIMES)
 @torch.no_grad()
-def test_a_graph_with_its_table_gives_what_torch_gives_at_all_timesteps(tmp_path: Path, host: str, name: str) -> None:
+def test_a_graph_with_its_table_gives_what_torch_gives_at_all_timesteps(tmp_path: Path, host: str) -> None:
+    """Of SDXL, which has two inputs more; SD's graphs are in the next test."""
     needs(host)
-    twin = make(name)
+    twin = make("sdxl")
     schedule = schedule_for(twin.unet)
     written = export(schedule, host, tmp_path / "unet", unet=twin.unet)
     assert not hooks_of(twin.unet)
@@ -110,8 +112,7 @@ def test_a_graph_with_its_table_gives_what_torch_gives_at_all_timesteps(tmp_path
     assert {path.name for path in written} == {path.name for path in (tmp_path / "unet").iterdir()} - {".rwopt-export"}
     assert json.loads((tmp_path / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
     run, names = RUNTIMES[host](tmp_path / "unet")
-    more = ["text_embeds", "time_ids"] if name == "sdxl" else []
-    assert names == ["sample", "timestep", "encoder_hidden_states", *more]
+    assert names == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]
     inputs, text = arrays(twin), twin.args()
     worst = 0.0
     with Attachment(twin.unet, schedule.sites) as attachment:
@@ -122,24 +123,36 @@ def test_a_graph_with_its_table_gives_what_torch_gives_at_all_timesteps(tmp_path
             worst = max(worst, float(np.abs(got - expected).max()))
     assert worst < 1e-4
     assert np.abs(expected - twin(torch.tensor([0.5])).numpy()).max() > 0.05  # the last call's
-    print(f"{host} {name}: off by {worst:.2g} at most")
+    print(f"{host}: off by {worst:.2g} at most")
     tall = np.concatenate([inputs["sample"][:1]] * 2, 2)
     one = {key: value[:1] for key, value in inputs.items()}
     got = run({**one, "sample": tall, "timestep": np.array([500], np.float32)})
     assert got.shape == tall.shape
 
 
+@pytest.fixture(scope="module")
+def open_graph(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Makes SD's graph with weights as an input, once for each host: (the U-Net, the schedule, the folder)."""
+
+    @functools.cache
+    def made(host: str) -> tuple[Twin, Schedule, Path]:
+        needs(host)
+        twin, folder = make("sd"), tmp_path_factory.mktemp(host) / "unet"
+        schedule = schedule_for(twin.unet, ("transformer", "skip"), mode="output", interp="previous", noise={})
+        export(schedule, host, folder, unet=twin.unet, weights="input")
+        return twin, schedule, folder
+
+    return made
+
+
 @pytest.mark.parametrize("host", RUNTIMES)
 @torch.no_grad()
-def test_a_graph_with_weights_as_an_input(tmp_path: Path, host: str) -> None:
-    needs(host)
-    twin = make("sd")
-    schedule = schedule_for(twin.unet, ("transformer", "skip"), mode="output", interp="previous", noise={})
-    export(schedule, host, tmp_path / "unet", unet=twin.unet, weights="input")
-    run, names = RUNTIMES[host](tmp_path / "unet")
+def test_a_graph_with_weights_as_an_input(open_graph: Made, host: str) -> None:
+    twin, schedule, folder = open_graph(host)
+    run, names = RUNTIMES[host](folder)
     assert names[-1] == "site_weights"
-    assert (tmp_path / "unet" / "rwopt_reader.py").read_text() == reader.source()
-    table = reader.load(tmp_path / "unet" / "rwopt-schedule.json")
+    assert (folder / "rwopt_reader.py").read_text() == reader.source()
+    table = reader.load(folder / "rwopt-schedule.json")
     with Attachment(twin.unet, schedule.sites, "output") as attachment:
         for t in (999, 500, 20):
             w = np.array(table.at(float(LEVELS[t])), np.float32)
@@ -150,13 +163,11 @@ def test_a_graph_with_weights_as_an_input(tmp_path: Path, host: str) -> None:
             np.testing.assert_allclose(ones, twin(t).numpy(), atol=1e-5)
 
 
-def test_a_graph_says_what_its_weights_are(tmp_path: Path) -> None:
+def test_a_graph_says_what_its_weights_are(open_graph: Made) -> None:
     onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
-    twin = make("sd")
-    schedule = schedule_for(twin.unet, ("transformer",))
-    export(schedule, "onnx", tmp_path / "unet", unet=twin.unet, weights="input")
-    model = onnx.load(tmp_path / "unet" / "model.onnx")
-    onnx.checker.check_model(str(tmp_path / "unet" / "model.onnx"))
+    _, schedule, folder = open_graph("onnx")
+    model = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(str(folder / "model.onnx"))
     props = {entry.key: entry.value for entry in model.metadata_props}
     assert props["rwopt.sites"].split(",") == [*schedule.sites]
     assert props["rwopt.digest"] == schedule.digest()

@@ -82,7 +82,7 @@ def test_a_file_keeps_all_digits_of_a_schedule(tmp_path: Path) -> None:
     assert again.steps == steps
 
 
-@pytest.mark.parametrize("names", [["learned"], ["plain", "constant", "learned"], ["learned", "gradient norm"]])
+@pytest.mark.parametrize("names", [["learned"], ["plain", "constant", "learned", "gradient norm"]])
 def test_a_search_makes_the_arms_that_its_recipe_names_and_no_other(tmp_path: Path, names: list[str]) -> None:
     model = save_tiny_pipeline(tmp_path / "model")
     settings = config.load("editing", [*SETTINGS, f"model.name={model}", f"arms=[{','.join(names)}]"])

@@ -162,16 +162,15 @@ def test_without_its_last_arms_a_run_ends_as_it_had(
     finished: Any, settings: config.Settings, tmp_path: Path
 ) -> None:
     folder, _, report = finished
-    for gone in (["learned"], ["weights", "learned"]):
-        part = shutil.copytree(folder, tmp_path / gone[0])
-        files = [f"arms/{name}{end}" for name in gone for end in (".json", ".test.json")]
-        for name in (*files, "schedule.json", "report.html"):
-            (part / name).unlink()
-        again = Search(settings, part, Silent()).run(COMMAND)
-        for a, b in zip(again.arms, report.arms, strict=True):
-            assert a == b
-        assert again == report
-        assert (part / "schedule.json").read_bytes() == (folder / "schedule.json").read_bytes()
+    part = shutil.copytree(folder, tmp_path / "run")
+    files = [f"arms/{name}{end}" for name in ("weights", "learned") for end in (".json", ".test.json")]
+    for name in (*files, "schedule.json", "report.html"):
+        (part / name).unlink()
+    again = Search(settings, part, Silent()).run(COMMAND)
+    for a, b in zip(again.arms, report.arms, strict=True):
+        assert a == b
+    assert again == report
+    assert (part / "schedule.json").read_bytes() == (folder / "schedule.json").read_bytes()
     shutil.rmtree(part / "studies" / "learned")  # and made from nothing
     for name in ("arms/learned.json", "arms/learned.test.json", "schedule.json"):
         (part / name).unlink()
