@@ -392,17 +392,17 @@ def curve(result: dict[str, Any], path: Path) -> None:
 
 
 def grid(bench: Bench, path: Path, rows: int = 5) -> None:
-    """Pictures of half the time side by side."""
+    """Pictures of the smallest budget side by side."""
     from rwopt.report import image_grid
 
-    search = bench.search(0.5)
+    search = bench.search(min(bench.budgets))
     cases = search.experiment.splits.cases("test")
     task = search.experiment.splits.prepare(cases[7 :: len(cases) // rows][:rows])
     columns: dict[str, list[np.ndarray]] = {}
     for name, title in (("DeepCache", "DeepCache"), ("T-GATE", "T-GATE"), (SOLVER, SOLVER), (PLAN, PLAN),
                         (f"{LEARNED} 0", LEARNED)):  # fmt: skip
         arm = Arm.load(search.folder / "arms" / f"{name}.json")
-        columns[f"{title}, half the time"] = to_pictures(task.images(arm.dials, arm.schedule))
+        columns[title] = to_pictures(task.images(arm.dials, arm.schedule))
     assert task.teacher is not None
     columns["50 calls"] = to_pictures(task.teacher)
     image_grid(columns, path, [case.caption for case in task.cases])
