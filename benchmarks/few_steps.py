@@ -64,7 +64,7 @@ class Part:
 
 PLAN = {
     "dpmpp_2m": {3: Part(5, 3, 0, True), 2: Part(5, 3, 5, True), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2),
-                 10: Part(5, 2)},
+                 10: Part(5, 1)},
     # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
     "ddim": {4: Part(5, 2), 3: Part(5, 2)},
 }
