@@ -56,7 +56,8 @@ TABLES = [("editing", "comparison", "docs/results.md", "editing"),
           ("tuners", "tuners", "docs/tuners.md", "tuners"), ("variants", "variants", "docs/tuners.md", "variants"),
           ("overhead", "overhead", "docs/apply.md", "overhead"), ("hooks", "hooks", "docs/apply.md", "hooks"),
           ("memory", "memory", "docs/tuners.md", "memory"),
-          ("few_steps", "few_steps", "docs/few-steps.md", "few_steps"), ("speed", "speed", "docs/speed.md", "speed")]  # fmt: skip
+          ("few_steps", "few_steps", "docs/few-steps.md", "few_steps"),
+          ("speed", "speed", "docs/speed.md", "speed")]  # fmt: skip
 
 
 def result(name: str) -> dict[str, Any]:
