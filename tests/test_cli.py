@@ -14,7 +14,7 @@ import pytest
 from helpers.tiny import SETTINGS, save_tiny_pipeline
 from PIL import Image
 
-from rwopt import cli, config
+from rwopt import config
 from rwopt.schedule import Schedule
 from rwopt.tasks.cases import load_cases
 
@@ -38,22 +38,6 @@ def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = cli.main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

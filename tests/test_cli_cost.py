@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL
 from helpers.small import make_tiny_unet
 from helpers.twins import make
 
-from rwopt import cli
 from rwopt.errors import UserError
 from rwopt.models.call_shape import call_shape
 from rwopt.models.configuration import empty_unet, random_unet
@@ -23,20 +22,9 @@ VAE = {"block_out_channels": (8, 8, 8), "down_block_types": ("DownEncoderBlock2D
        "up_block_types": ("UpDecoderBlock2D",) * 3}  # fmt: skip
 
 
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command line in this process: (exit code, standard output, standard error)."""
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = cli.main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def saved(folder: Path, unet: Any, vae: bool = True, tokens: int = 0) -> Path:

@@ -111,16 +111,20 @@ def _with_size_and_pooled_text(unet: Any, args: tuple[Any, ...], kwargs: dict[st
     return args, {**kwargs, "added_cond_kwargs": added}
 
 
+def configured(net: Any) -> str:
+    """What a network is made of, as one text: its configuration without diffusers' own notes."""
+    config = {name: value for name, value in net.config.items() if not name.startswith("_")}
+    return json.dumps(config, sort_keys=True, default=str)
+
+
 def call_bytes(unet: Any, sites: Sequence[str], mode: str, x: Sequence[int], text: Sequence[int]) -> int:
     """What a U-Net call with weights at `sites` and its backward pass take at their peak, beside the network itself.
 
     x: shape [B, C, h, w] of the call's input; text: [B, L, D]. Takes a second or two, once for each architecture; grows
     in proportion to B.
     """
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     dtype = next(unet.parameters()).dtype
-    about = json.dumps(config, sort_keys=True, default=str)
-    key = (type(unet), about, dtype, tuple(sites), mode, tuple(x), tuple(text))
+    key = (type(unet), configured(unet), dtype, tuple(sites), mode, tuple(x), tuple(text))
     if key not in _found:
         _found[key] = _count_call(unet, dtype, sites, mode, x, text)
     return _found[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rwopt.models.formats import in_range
-from rwopt.models.memory import LARGE, call_bytes, checkpointed_blocks, feature_map
+from rwopt.models.memory import LARGE, call_bytes, checkpointed_blocks, configured, feature_map
 from rwopt.models.text import Text, Texts, pipe_of_parts
 from rwopt.schedule.noise import Array, sigma_of
 
@@ -44,7 +43,6 @@ class Model:
     size: tuple[int, int] | None = None
     _texts: Texts | None = field(default=None, repr=False)
     _table: tuple[Any, Array] | None = field(default=None, repr=False)
-    _row_bytes: dict[tuple[Any, ...], float] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,24 +198,19 @@ class Model:
         return (in_range(network, self.vae.dtype, latents) / 2 + 0.5).clamp(0, 1)
 
     def row_bytes(self, sites: tuple[str, ...], mode: str, x: torch.Size, text: torch.Size) -> float:
-        """Bytes that each row of a U-Net call with weights at `sites`, and of its backward pass, takes; found once.
+        """Bytes that each row of a U-Net call with weights at `sites`, and of its backward pass, takes.
 
         x: shape [C, h, w] of a row's latents; text: [L, D].
         """
-        key = (sites, mode, x, text)
-        if key not in self._row_bytes:
-            given = (2, x[0] + self.extra_channels, *x[1:])
-            self._row_bytes[key] = call_bytes(self.unet, sites, mode, given, (2, *text)) / 2
-        return self._row_bytes[key]
+        given = (2, x[0] + self.extra_channels, *x[1:])
+        return call_bytes(self.unet, sites, mode, given, (2, *text)) / 2
 
     def card(self) -> dict[str, Any]:
         """What a schedule file says about the model: name, class and a digest of the U-Net's configuration."""
-        config = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
-        text = json.dumps(config, sort_keys=True, default=str)
         return {
             "base_model": self.name,
             "unet_class": type(self.unet).__name__,
-            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "config_sha256": hashlib.sha256(configured(self.unet).encode()).hexdigest(),
         }
 
 

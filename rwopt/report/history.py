@@ -80,6 +80,7 @@ def search_history(
             )
         _mark_starts(axes, at, y, starts)
         axes.margins(x=0.03)
+        axes.locator_params(axis="x", integer=True)  # a tick between two trials would show the number of either again
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
         return save(figure, path)

@@ -212,8 +212,7 @@ class Actions:
         found, full = dict[Action, None](), 0
         for level in self.levels[here:]:
             action = level.action
-            line = action.order == 1 or any(rule == "extrapolate" for _, rule in action.sites)
-            if action != FULL and full <= (1 if line else 0):
+            if action != FULL and full <= (1 if action.takes == 2 else 0):
                 found[action] = None
             if level is not self.levels[here]:
                 full += action == FULL

@@ -90,9 +90,9 @@ def shares(
 
     with torch.no_grad():
         with operation_counter() as counter:
-            operations = _sums(_walk(parts, call, counter.get_total_flops), lambda a, b: float(b - a))
+            operations = spent(parts, call, counter.get_total_flops, lambda a, b: float(b - a))
         call()  # first calls choose kernels
-        timed = [_sums(_walk(parts, call, watch.now), watch.seconds) for _ in range(rounds)]
+        timed = [spent(parts, call, watch.now, watch.seconds) for _ in range(rounds)]
     whole = [sum(sums.values()) for sums in timed]
     middle = {
         part: statistics.median(sums.get(part, 0.0) / total for sums, total in zip(timed, whole, strict=True))
@@ -105,10 +105,16 @@ def shares(
     )
 
 
-def _walk(parts: Mapping[nn.Module, Part], call: Callable[[], None], read: Callable[[], Any]) -> list[tuple[Any, Any]]:
-    """Readings in a call, each with the part that was running until then (None: not yet in the U-Net)."""
+def spent(
+    parts: Mapping[nn.Module, Part], call: Callable[[], Any], read: Callable[[], Any],
+    between: Callable[[Any, Any], float],
+) -> dict[Part, float]:  # fmt: skip
+    """What each part of a call takes by a meter: `read` it, and how much lies `between` two readings.
+
+    parts: modules at which one begins and ends, the outermost around all others.
+    """
     running: list[Part | None] = [None]
-    readings: list[tuple[Any, Any]] = []
+    readings: list[tuple[Any, Any]] = []  # with the part that was running until then; None: not yet in there
 
     def enter(module: nn.Module, _: Any) -> None:
         readings.append((running[-1], read()))
@@ -124,10 +130,6 @@ def _walk(parts: Mapping[nn.Module, Part], call: Callable[[], None], read: Calla
     finally:
         for hook in hooks:
             hook.remove()
-    return readings
-
-
-def _sums(readings: Sequence[tuple[Any, Any]], between: Callable[[Any, Any], float]) -> dict[Part, float]:
     sums = dict[Part, float]()
     for (_, start), (part, end) in pairwise(readings):
         sums[part] = sums.get(part, 0.0) + between(start, end)

@@ -76,8 +76,6 @@ def test_a_call_takes_memory_in_proportion_to_its_rows() -> None:
     assert eight == pytest.approx(4 * two, rel=0.02)
     row = model.row_bytes(sites, "residual", torch.Size([4, 32, 32]), torch.Size([5, 12]))
     assert row == two / 2
-    model.unet = None  # found once
-    assert model.row_bytes(sites, "residual", torch.Size([4, 32, 32]), torch.Size([5, 12])) == row
 
 
 def test_which_decoders_are_large(avatars: Model) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import test_objectives as single
 import torch
+from helpers.rewards import small
 from test_objectives import N, close, perfect, pictures, take
 from test_objectives import batch as batch  # the fixture
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from rwopt.errors import UserError
 from rwopt.objectives import Batch, Objective, make_objective, make_set, objective_names, objective_spec
 from rwopt.objectives.objective import SetObjective
-from rwopt.objectives.registry import every_spec, family_of, missing
+from rwopt.objectives.registry import every_spec
 
 EVERY = objective_names()
 OTHERS = [name for name in EVERY if name not in single.NAMES]
@@ -35,12 +36,7 @@ COMPARED = {"reference", "truth", "teacher"}
 
 def here(name: str) -> dict[str, Any]:
     """Options with which an objective can be made here: networks in a small size where it has large ones."""
-    try:
-        tiny = getattr(family_of(name), "tiny", None)
-        options: dict[str, Any] = {} if tiny is None else tiny(name)
-        absent = missing(name, **options)
-    except UserError as error:
-        absent = str(error)
+    options, absent = small(name)
     if absent:
         pytest.skip(absent)
     return options

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from helpers.rewards import small
 from test_every_model_and_task import SMALL, Twin
 from test_every_model_and_task import cases as cases  # the fixtures
 from test_every_model_and_task import twin as twin
 
 from rwopt import config
 from rwopt.config.groups import groups
-from rwopt.errors import UserError
-from rwopt.objectives.registry import family_of, missing
 from rwopt.progress import Silent
 from rwopt.schedule import Schedule
 from rwopt.search.evaluation import OBJECTIVE
@@ -42,19 +40,14 @@ def two(cases: Path) -> Path:
 def small_networks(settings: config.Settings) -> tuple[list[str], list[str]]:
     """Overrides that give all objectives networks of a small size, and the names of those that cannot be made here."""
     changes, absent = [], []
-    guard = [f"tuner.guard.{name}" for name in settings.tuner.guard]
+    takers = {"objective.report": settings.objective.report, "tuner.guard": settings.tuner.guard}
     for name in dict.fromkeys([*settings.objective.terms, *settings.objective.report, *settings.tuner.guard]):
-        tiny = getattr(family_of(name), "tiny", None)
-        options: dict[str, Any] = {}
-        try:
-            options = {} if tiny is None else tiny(name)
-            lacks = missing(name, **options)
-        except UserError as error:
-            lacks = str(error)
+        options, lacks = small(name)
         if lacks:
             absent.append(name)
-            changes += [f"objective.report.{name}=null", *[f"{key}=null" for key in guard if key.endswith(f".{name}")]]
-        changes += [f"objective.options.{name}.{key}={value}" for key, value in options.items() if not lacks]
+            changes += [f"{group}.{name}=null" for group, names in takers.items() if name in names]
+        else:
+            changes += [f"objective.options.{name}.{key}={value}" for key, value in options.items()]
     return changes, absent
 
 

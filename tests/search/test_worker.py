@@ -41,7 +41,8 @@ def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder, url = place / "run", f"sqlite:///{place / 'studies.db'}"
     open_storage(url)  # its tables: both processes start at once, so that the worker is there before it is over
     victim = rwopt("worker", "run", f"storage={url}", "--wait", 300)
-    changes = [*SETTINGS, "tuner.name=optuna", "task.train=16", f"tuner.trials={ASKED}", "arms=[constant,learned]"]
+    changes = [*SETTINGS, "tuner.name=optuna", "task.train=16", f"tuner.trials={ASKED}",
+               "arms=[plain,best guidance,constant,learned]"]  # fmt: skip
     search = rwopt("search", "recipe=editing", *changes, f"model.name={model}", f"tuner.storage={url}", "--out", folder)
     assert victim.stderr is not None
     assert re.search(r"run/.*: trial \d+", victim.stderr.readline())  # a line for each trial: it has done one
@@ -69,7 +70,7 @@ def test_the_search_ends_with_all_its_trials_and_files(shared: Run) -> None:
     assert optuna.load_study(study_name="run/learned weights", storage=storage).user_attrs["trials"] == ASKED
     assert len(workers) == 3  # the search, the killed one, and the one that stayed
     assert Schedule.load(folder / "schedule.json").provenance["evaluations"] > ASKED
-    assert check_files(folder) > 15
+    assert check_files(folder) > 20
     assert not (folder / "study.db").exists()
 
 
