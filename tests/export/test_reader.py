@@ -102,6 +102,7 @@ def test_dials_are_those_of_the_call() -> None:
         ({"grid": {"sigma": [10**400]}}, r"grid.sigma\[0\]"),
         ({"op": {"mode": "add"}}, "mode is none of residual, output"),
         ({"steps": {"sampler": "ddim", "sigmas": [2, 1], "told": [1]}}, "steps.told has not one number a call"),
+        ({"steps": {"sampler": "ddim", "sigmas": [2, 1], "told": []}}, "steps.told is no list of numbers"),
         ({"steps": []}, "are objects"),
     ],
 )

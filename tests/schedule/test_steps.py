@@ -95,6 +95,8 @@ def test_each_dial_changes_the_digest() -> None:
         ({"sampler": "ddim", "sigmas": [9, -1]}, r"steps.sigmas\[1\] is -1: give a number above 0"),
         ({"sampler": "ddim", "sigmas": [1, 9]}, "strictly descending"),
         ({"sampler": "ddim", "sigmas": [9], "guidance": [1]}, r"steps.guidance\[0\] is 1: give a number above 1"),
+        ({"sampler": "ddim", "sigmas": [9], "told": []}, r"steps.told is \[\]: give the VE noise levels"),
+        ({"sampler": "ddim", "sigmas": [9], "guidance": []}, r"steps.guidance is \[\]: give guidance scales above 1"),
         ([], r"steps is \[\]: give an object with sampler and sigmas"),
     ],
 )
