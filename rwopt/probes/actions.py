@@ -121,6 +121,13 @@ def action_errors(
     return ActionErrors(tuple(course.sigmas), effects, errors, teacher.calls, len(x))
 
 
+def price(calls: int, actions: Sequence[Action], max_gap: int = MAX_GAP) -> int:
+    """U-Net calls that `action_errors` makes on a course of `calls` calls."""
+    asking = [action for action in dict.fromkeys(actions) if action.kind not in ("full", "output")]
+    cheap = sum(1 for action in asking for i in range(calls) for _ in _sources(action, i, max_gap))
+    return calls + calls * (calls - 1) // 2 + cheap
+
+
 def _sources(action: Action, i: int, max_gap: int) -> Iterator[tuple[int, int]]:
     """The full calls (last, before) whose values an action at call `i` may take."""
     for last in range(max(0, i - max_gap), i):

@@ -90,13 +90,17 @@ def rewards(experiment: Experiment) -> tuple[list[str], list[str]]:
 
 
 def planned_calls(
-    settings: Settings, arms: list[ArmSpec], sites: int, taught: bool, kept: bool, calibrated: bool = False
+    settings: Settings, arms: list[ArmSpec], sites: int, taught: bool, kept: bool, calibrated: bool = False,
+    search: int = 0,
 ) -> dict[str, int]:  # fmt: skip
-    """About how many U-Net calls a whole run makes, {what for: calls}. kept: activations are, in a gradient.
+    """About how many U-Net calls a whole run makes, {what for: calls}. kept: activations are, in a gradient; search:
+    calls that finding a plan of actions takes.
 
-    Probes are counted as ablation counts, N (1 + S) calls, and the published votes by their rounds and epochs.
+    Probes are counted as ablation counts, N (1 + S) calls, and the published votes by their rounds and epochs. What
+    runs under a budget counts as the full calls that it pays.
     """
     task, tuner, n = settings.task, settings.tuner, settings.task.steps
+    few = max(1, int(task.budget * n + 1e-9))
     draws = task.draws
 
     def batches(cases: int, each: int = draws) -> int:
@@ -107,24 +111,28 @@ def planned_calls(
     if taught:
         mine = settings.gradient.draws if settings.gradient.draws != draws else 0
         out["teacher"] = task.teacher.steps * (train + validation + test + (batches(task.train, mine) if mine else 0))
-    chosen = tuner.top_k * validation * n
+    chosen = tuner.top_k * validation * few
     solvers = len(settings.steps.samplers) * len(settings.steps.grids)
     gradient = settings.gradient
     path = GradientPath(gradient.mode, gradient.last, gradient.stride)
-    update = path.price(n, kept=kept) * gradient.batch * gradient.accumulate / task.batch
+    update = path.price(few, kept=kept) * gradient.batch * gradient.accumulate / task.batch
     for spec in arms:
-        evaluations = spec.evaluations(tuner)
+        evaluations, own = spec.evaluations(tuner), few if spec.solver or spec.learned or spec.planned else n
         if spec.solver:
-            calls = solvers * validation * n + (4 * n * n + n) * test  # N + 1 to 3 N plain calls: what a gain is worth
+            calls = solvers * validation * few + (4 * few * few + few) * test  # worth: N + 1 to 3 N plain calls
+        elif spec.planned:
+            calls = search
         elif spec.learned:
             starts = 1 if settings.probe.start == "none" or not spec.weights else 2
             rounds = max(0, tuner.trials - starts) if tuner.name in ("auto", "gradient") else 0
-            calls = evaluations * train * n + round(rounds * gradient.updates * update) + chosen
+            calls = evaluations * train * few + round(rounds * gradient.updates * update) + chosen
         elif spec.budget == "none":
             calls = validation * n
         else:
-            calls = evaluations * train * n + chosen
-        out[spec.name] = calls + test * n
+            calls = evaluations * train * n + tuner.top_k * validation * n
+        out[spec.name] = calls + test * own
+    if search and not any(spec.planned for spec in arms):
+        out["plan"] = search
     shown = batches(min(8, task.test))  # the picture grid
     out["pictures"] = shown * (n * (len(arms) + 1) + task.teacher.steps * taught)
     out["dials"] = tuner.dial_trials * train * n
@@ -181,8 +189,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def preflight(experiment: Experiment, arms: list[ArmSpec], folder: Path) -> Plan:
-    """The plan of a search. Makes a few U-Net calls, of one batch; loads the cases."""
+def preflight(experiment: Experiment, arms: list[ArmSpec], folder: Path, search: int = 0) -> Plan:
+    """The plan of a search. Makes a few U-Net calls, of one batch; loads the cases. search: see `planned_calls`."""
     settings, model = experiment.settings, experiment.model
     told, missing = rewards(experiment)
     if missing:
@@ -194,7 +202,7 @@ def preflight(experiment: Experiment, arms: list[ArmSpec], folder: Path) -> Plan
         x, cond, course = task.inputs(hooks, experiment.base, slice(0, settings.gradient.batch))
         kept = keeps_activations(model, hooks, x, cond, len(course))
     loaded = most_memory(model.device)
-    calls = planned_calls(settings, arms, len(sites), experiment.splits.taught, kept, experiment.calibrated)
+    calls = planned_calls(settings, arms, len(sites), experiment.splits.taught, kept, experiment.calibrated, search)
     plan = Plan(calls, timed_call(experiment, task))
     plan.decodes, plan.decode = planned_decodes(settings, calls), timed_decode(task)
     model.calls = before

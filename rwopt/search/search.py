@@ -110,7 +110,7 @@ class Search:
 
     def plan(self) -> Plan:
         """`preflight` that leaves it to the caller to check what is missing."""
-        return preflight(self.experiment, self.arms, self.folder)
+        return preflight(self.experiment, self.arms, self.folder, self.speed.calls if self.planned else 0)
 
     # stages
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from rwopt.errors import UserError
 from rwopt.files import write_bytes, write_text
 from rwopt.models import Model
-from rwopt.probes.actions import ActionErrors, action_errors
+from rwopt.probes.actions import ActionErrors, action_errors, price
 from rwopt.sampling.course import Course
 from rwopt.sampling.denoise import Condition, predict
 from rwopt.schedule import Schedule
@@ -76,6 +76,15 @@ class Speed:
         """Of the grids on which plans with cheap calls are looked for, longest first."""
         least, most = self.affordable + 1, self.settings.task.steps
         return tuple(sorted({round(n) for n in np.linspace(least, most, GRIDS)} | {most}, reverse=True))
+
+    @property
+    def calls(self) -> int:
+        """About how much finding the plan takes at most, in full U-Net calls of `task.batch` pictures."""
+        task, wanted = self.settings.task, self.settings.speed
+        share = min(wanted.cases, task.train * task.draws, task.batch) / task.batch
+        measured = sum(price(calls, self.actions, wanted.max_gap) for calls in self.lengths)
+        tried = len(self.lengths) * wanted.proposals + 1
+        return round(share * measured + tried * self.affordable * -(-task.validation * task.draws // task.batch))
 
     def course(self, calls: int) -> Course:
         """The task's sampler on its grid of another length, at the recipe's dials."""

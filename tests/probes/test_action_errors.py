@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwopt.errors import UserError
 from rwopt.models import Model
-from rwopt.probes.actions import ActionErrors, action_errors
+from rwopt.probes.actions import ActionErrors, action_errors, price
 from rwopt.probes.teacher import Teacher
 from rwopt.sampling.course import course_by_rule
 from rwopt.sampling.denoise import Condition, guide, predict
@@ -59,6 +59,11 @@ class Given:
 @pytest.fixture(scope="module")
 def given() -> Given:
     return Given()
+
+
+def test_the_price_is_known_before(given: Given) -> None:
+    assert given.errors.calls == price(CALLS, ACTIONS)
+    assert given.measured(ACTIONS[:1], max_gap=1).calls == price(CALLS, ACTIONS[:1], max_gap=1)
 
 
 def test_a_held_output_moves_the_end_as_measured(given: Given) -> None:

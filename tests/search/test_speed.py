@@ -68,6 +68,15 @@ def test_the_plan_is_within_the_budget_and_the_best_on_validation_cases(finished
     assert plan.calls > measured
 
 
+def test_what_finding_a_plan_takes_is_told_before(finished: Any) -> None:
+    folder, search, _ = finished
+    plan, most = arm(folder, "plan"), 2 * 3 + 1  # plans of two lengths, and full calls
+    assert len(plan.history) <= most
+    errors = plan.choice["measured"] * 2 / search.settings.task.batch  # on 2 cases
+    assert search.speed.calls == round(errors + most * search.speed.affordable)
+    assert search.plan().calls["plan"] == search.speed.calls + search.speed.affordable  # and its test cases
+
+
 def test_errors_and_prices_are_kept(finished: Any) -> None:
     folder, search, _ = finished
     assert {"cost.json", "actions-5.json", "actions-4.json"} <= {p.name for p in folder.iterdir()}
