@@ -1,10 +1,10 @@
 """Learned schedules against every baseline and control on test cases, over several search seeds.
 
-`python benchmarks/editing.py [--quick] [--seeds 5]`, likewise `generation.py`. Seeds repeat the learned search (and
-the constant one, up to three times); dials, probes and fixed schedules are shared, as nothing in them is random but
-the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on. Every number goes to
-`benchmarks/results/<name>.json`, and the tables between the markers of `docs/results.md` and README.md are made from
-that file. `docs/<name>.png` shows the first seed.
+`python benchmarks/editing.py [--quick] [--seeds 5]`, likewise `generation.py` and `few_steps_editing.py`. Seeds repeat
+the learned search (and a learned control, up to three times); dials, probes and fixed schedules are shared, as nothing
+in them is random but the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on.
+Every number goes to `benchmarks/results/<name>.json`, and the tables between the markers of `docs/results.md` (few
+calls: `docs/few-steps.md`) and README.md are made from that file. `docs/<name>.png` shows the first seed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,14 @@ QUICK = [
     "tuner.control_trials=1", "tuner.sampler=random", "gradient.updates=1", "gradient.batch=4", "analytic.rounds=1",
     "analytic.epochs=2", "analytic.cases=2", "probe.cases=4",
 ]  # fmt: skip
+SMALLER = {"few-steps-editing": ["tuner.dial_trials=0", "task.teacher.steps=4", "steps.grids=[trailing,karras]"]}
 FULL = ["task.train=128", "task.validation=128", "task.test=256"]  # on top of the recipe
 BLACK_BOX = ["tuner.name=optuna", "weights.group_by=kind", "weights.knots=3"]  # as many numbers as Optuna can handle
+CONTROLS = {
+    "editing": {"constant": 3, "black box": 1}, "generation": {"constant": 3, "black box": 1},
+    "few-steps-editing": {"sampler dials": 3},
+}  # fmt: skip
+"""Learned arms beside the learned one, and how many search seeds of each at most."""
 NOTES = {name: spec.note for name, spec in ARMS.items()} | {
     "black box": "9 weights (kind of branch x 3 noise levels) by Optuna instead of the gradient",
 }
@@ -56,11 +62,12 @@ def run(
         dial_trials = settings.tuner.dial_trials
         trials = settings.tuner.trials if quick else 20
         black_box = [*overrides, "track.wandb=off", *BLACK_BOX, f"tuner.trials={trials}"]
-        other = Search(config.load(recipe, black_box), folder / "black box", bar)
-        repeats = {"constant": min(seeds, 3), "black box": 1, "learned": seeds}
+        repeats = {name: min(seeds, most) for name, most in CONTROLS[recipe].items()} | {LEARNED: seeds}
         if only:
             repeats = {name: many for name, many in repeats.items() if name in (*only, LEARNED)}
-        learned = repeats.get("constant", 1) + repeats["learned"] - 2  # beside the two of a search
+        other = Search(config.load(recipe, black_box), folder / "black box", bar) if "black box" in repeats else search
+        controls = {*repeats} & {spec.name for spec in search.arms}
+        learned = sum(repeats[name] - 1 for name in controls)  # beside those of a search
         bar.start(search.evaluations + learned * (settings.tuner.trials + 2 * dial_trials)
                   + repeats.get("black box", 0) * (trials + 2 * dial_trials) + dial_trials)  # fmt: skip
         dials = search.dials()
@@ -69,7 +76,7 @@ def run(
             who = other if name == "black box" else search
             start = who.dials()
             arms[name] = [
-                who.learn(start, seed, ARMS["constant" if name == "constant" else LEARNED], f"{name} {seed}")
+                who.learn(start, seed, ARMS.get(name, ARMS[LEARNED]), f"{name} {seed}")
                 for seed in range(repeats[name])
             ]
         metrics = list(settings.objective.report)
@@ -87,7 +94,7 @@ def run(
     ]
     return {
         "name": recipe,
-        "command": f"python benchmarks/{recipe}.py" + (" --quick" if quick else f" --seeds {seeds}")
+        "command": f"python benchmarks/{recipe.replace('-', '_')}.py" + (" --quick" if quick else f" --seeds {seeds}")
         + "".join(f" --arm '{name}'" for name in only),
         "quick": quick,
         "settings": asdict(settings),
@@ -118,7 +125,9 @@ SHOWN = {
     "editing": ["objective", "judge.objective", "judge.success_accuracy", "judge.realism", "truth.psnr"],
     "generation": ["objective", "judge.objective", "judge.accuracy", "judge.realism", "judge.identity",
                    "quality.flat_noise"],
+    "few-steps-editing": ["objective", "teacher.ssim", "judge.success", "judge.kept", "judge.realism", "truth.psnr"],
 }  # the result file has all
+PAGES = {"few-steps-editing": "few-steps.md"}
 
 
 SHORT = ["plain", "best guidance", "analytic", "constant"]  # whom learned meets in README
@@ -138,8 +147,10 @@ def markdown(result: dict[str, Any], shown: Sequence[str] = ()) -> str:
     """Means by arm, then learned minus each arm with intervals, as `docs/results.md` shows them."""
     shown = list(shown or SHOWN[result["name"]])
 
-    def number(metric: str, value: float) -> str:
-        return f"{value:.2f}" if metric == "truth.psnr" else f"{value:.3f}"
+    decibels = {"truth.psnr", *(["objective"] if "teacher.psnr" in result["settings"]["objective"]["terms"] else ())}
+
+    def number(metric: str, value: float, sign: str = "") -> str:
+        return f"{value:{sign}.{2 if metric in decibels else 3}f}"
 
     lines = ["| arm | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
     for arm in result["arms"]:
@@ -151,8 +162,7 @@ def markdown(result: dict[str, Any], shown: Sequence[str] = ()) -> str:
         cells = []
         for m in shown:
             p = table[a, b, m]
-            text = f"{p.mean:+.3f} [{p.low:+.3f}, {p.high:+.3f}]" if m != "truth.psnr" else (
-                f"{p.mean:+.2f} [{p.low:+.2f}, {p.high:+.2f}]")  # fmt: skip
+            text = f"{number(m, p.mean, '+')} [{number(m, p.low, '+')}, {number(m, p.high, '+')}]"
             cells.append(f"**{text}**" if p.low > 0 or p.high < 0 else text)
         first = table[a, b, shown[0]]
         lines.append(f"| {a} − {b} | " + " | ".join(cells) + f" | {first.win_rate:.0%}, {first.p:.2g} |")
@@ -192,7 +202,7 @@ def main(recipe: str) -> None:
     quiet()
     name = f"{recipe}-quick" if args.quick else recipe
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
-    overrides = [*(QUICK if args.quick else FULL), *args.overrides]
+    overrides = [*((*QUICK, *SMALLER.get(recipe, ())) if args.quick else FULL), *args.overrides]
     file = ROOT / "results" / f"{name}.json"
     if args.table:
         result = json.loads(file.read_text())
@@ -201,6 +211,6 @@ def main(recipe: str) -> None:
         write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:
-        into(ROOT.parent / "docs" / "results.md", recipe, markdown(result))
+        into(ROOT.parent / "docs" / PAGES.get(recipe, "results.md"), recipe, markdown(result))
         if recipe == "editing":
             into(ROOT.parent / "README.md", "short", short(result))

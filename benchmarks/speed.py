@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ import torch
 from comparison import into
 from sharing import ROOT, command_line, unless_taken
 from speed_peers import Evolved, Prices, candidates, evolve, nearest, prices, schedule
+from speed_tables import DIALS, FEW, LEARNED, PLAN, SOLVER, curve, markdown, stage_table
 
 from rwopt import config
 from rwopt.files import write_text
 from rwopt.objectives.pixel import psnr
 from rwopt.progress import Silent
-from rwopt.report.style import BLUE, GREEN, GREY, ORANGE
 from rwopt.sampling.sample import sample
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import FULL as FULL_CALL
 from rwopt.search.arms import ARMS, Arm
 from rwopt.search.evaluation import OBJECTIVE, Scores, compare, interval
 from rwopt.search.identity import versions
@@ -40,13 +42,13 @@ from rwopt.search.search import Search
 from rwopt.search.speed import arguments
 from rwopt.tasks.pictures import to_pictures
 from rwopt.unet.attachment import Attachment
-from rwopt.unet.cost import CostTable, cost_table
+from rwopt.unet.cost import CostTable, Watch, cost_table
 from rwopt.unet.peers import phast
 
 CALLS = 12
 BUDGETS = (0.5, 0.75, 0.35)
 OWN = "own.psnr"  # to the base's own picture
-SOLVER, FEW, PLAN, DIALS, LEARNED = "best solver", "learned few steps", "plan", "plan and dials", "plan and weights"
+EVOLUTION = 10  # times what the plan took to find
 FULL = ["task.train=96", "task.validation=24", "task.test=256", f"task.steps={CALLS}"]
 SMALL = ["task.train=8", "task.validation=6", "task.test=8", "task.steps=6", "tuner.trials=2", "gradient.updates=2",
          "gradient.batch=4", "task.teacher.steps=10", "steps.grids=[trailing,karras]", "steps.samplers=[ddim,dpmpp_2m]",
@@ -121,10 +123,10 @@ class Bench:
             yield tested(name, arm)
         few = self.few(search.speed.affordable)
         yield tested(FEW, few.learn(few.dials(), 0, name="learned 0"), few)
-        yield tested("AutoDiffusion", self.evolved(search, cost)[0])
         yield tested(DIALS, search.learn(dials, 0, ARMS["sampler dials"], f"{DIALS} 0"))
         for seed in range(1, self.seeds):
             yield tested(LEARNED, search.learn(dials, seed, name=f"{LEARNED} {seed}"))
+        yield tested("AutoDiffusion", self.evolved(search, cost)[0])
 
     def peers(self, search: Search, cost: Prices) -> Iterator[tuple[str, Arm]]:
         """Every published method at its best under the budget, by validation cases."""
@@ -173,7 +175,9 @@ class Bench:
         kept = search.tuner.kept("AutoDiffusion")
         if kept is not None and path.exists():
             return kept, [(int(n), float(v)) for n, v in json.loads(path.read_text())]
-        size = (4, 3, 4) if self.quick else (20, 10, 16)
+        plan = search.tuner.kept(PLAN)
+        assert plan is not None
+        size = (120, 4, 4) if self.quick else (EVOLUTION * plan_price(search, plan),)
         found: Evolved = evolve(search, cost, search.speed.most, *size)
         write_text(path, json.dumps(found.course))
         arm = search.tuner.fixed("AutoDiffusion", found.schedule, found.text)
@@ -221,9 +225,10 @@ class Bench:
         with attach(experiment.model, schedule) as hooks:
             x, cond, course = task.inputs(hooks, experiment.base, slice(0, pictures), course)
             actions = None if schedule is None else schedule.actions
-            start = time.thread_time()
+            watch = Watch(experiment.model.device)
+            start = watch.now()
             sample(experiment.model, hooks, x, cond, course, weights_of(schedule), actions=actions)
-            return time.thread_time() - start
+            return watch.seconds(start, watch.now())
 
 
 def price_of(bench: Bench, budget: float, name: str, arm: Arm) -> float:
@@ -290,6 +295,20 @@ def run(bench: Bench) -> dict[str, Any]:
     }
 
 
+def first_full(plan: Arm) -> int:
+    """How many calls are computed in full before the first that is not."""
+    schedule = plan.schedule
+    levels = () if schedule is None or schedule.actions is None else schedule.actions.levels
+    return sum(1 for _ in takewhile(lambda level: level.action == FULL_CALL, levels))
+
+
+def plan_price(search: Search, plan: Arm) -> int:
+    """What finding a plan took, in U-Net calls times pictures."""
+    cases, measured = search.settings, plan.choice["measured"]
+    price = measured * min(cases.speed.cases, cases.task.train)
+    return int(price + (plan.calls - measured) * min(cases.task.validation, cases.task.batch))
+
+
 def stages(bench: Bench, budget: float, groups: dict[str, list[Arm]]) -> dict[str, Any]:
     """What each stage of the search gains on validation cases, and what it takes beside evolution.
 
@@ -297,10 +316,8 @@ def stages(bench: Bench, budget: float, groups: dict[str, list[Arm]]) -> dict[st
     is on the same cases, and when it ends.
     """
     search = bench.search(budget)
-    plan, cases = groups[PLAN][0], search.settings
+    plan = groups[PLAN][0]
     history = dict(plan.history)
-    price = plan.choice["measured"] * min(cases.speed.cases, cases.task.train)
-    price += (plan.calls - plan.choice["measured"]) * min(cases.task.validation, cases.task.batch)
     _, course = bench.evolved(search, prices(search, bench.cost()))
     few = search.experiment.splits.cases("train")[: 4 if bench.quick else 16]
     task = search.experiment.splits.prepare(few)
@@ -316,79 +333,14 @@ def stages(bench: Bench, budget: float, groups: dict[str, list[Arm]]) -> dict[st
         "chosen on validation cases": plan.validation,
         "dials": groups[DIALS][0].validation if DIALS in groups else None,
         "weights and dials": groups[LEARNED][0].validation,
-        "plan_price": price,
+        "plan_price": plan_price(search, plan),
         "evolution_price": course[-1][0],
         "evolution_reached": reached,
         "evolution_best": course[-1][1],
         "plan_there": goal,
-        "first steps full": len(plan_text(plan).split(": ")[-1].split("o")[0].split("h")[0]),
+        "first steps full": first_full(plan),
         "chosen": bench.search(budget).chosen([g[0] for n, g in groups.items() if n in (PLAN, SOLVER)]).name,
     }
-
-
-# tables and pictures
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table of `docs/speed.md`."""
-    pairs = {(p["budget"], p["a"], p["b"]): p for p in result["paired"]}
-    head = ["time", "method", "priced", "measured", "PSNR to the truth, dB", "to the base's own picture",
-            "plan and weights − this, dB", "plan"]  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for budget in sorted({r["budget"] for r in result["rows"]}, reverse=True):
-        rows = [r for r in result["rows"] if r["budget"] == budget]
-        for row in sorted(rows, key=lambda r: -r["psnr_converged"]):
-            pair = pairs.get((budget, LEARNED, row["method"]))
-            gain = f"{pair['mean']:+.2f} [{pair['low']:+.2f}, {pair['high']:+.2f}]" if pair else ""
-            plan = row["plan"] if len(row["plan"]) < 40 else row["plan"][:36] + " ..."
-            lines.append(
-                f"| {budget:g} | {row['method']} | {row['priced_ratio']:.2f} | {row['time_ratio']:.2f} | "
-                f"{row['psnr_converged']:.2f} | {row['psnr_20']:.2f} | {gain} | {plan} |"
-            )
-    cases = result["settings"]["task"]["test"]
-    about = f"{cases} test cases; intervals resample cases and seeds. `{result['command']}`"
-    return "\n".join([*lines, "", about])
-
-
-def stage_table(result: dict[str, Any]) -> str:
-    """What each stage gains, and what the search takes."""
-    lines = ["| time | plans tried | best prediction | chosen | + dials | + weights and dials | calls x pictures | "
-             "evolution, all | evolution, to the plan's quality |", "|" + "---|" * 9]  # fmt: skip
-
-    def number(value: float | None, form: str = ".2f") -> str:
-        return "" if value is None else f"{value:{form}}"
-
-    for s in result["searches"]:
-        reached = "not reached" if s["evolution_reached"] is None else f"{s['evolution_reached']:,}"
-        lines.append(
-            f"| {s['budget']:g} | {s['proposals']} | {number(s['best prediction'])} | "
-            f"{number(s['chosen on validation cases'])} | {number(s['dials'])} | {number(s['weights and dials'])} | "
-            f"{s['plan_price']:,} | {s['evolution_price']:,} | {reached} |"
-        )
-    return "\n".join([*lines, "", f"dB on validation cases. `{result['command']}`"])
-
-
-def curve(result: dict[str, Any], path: Path) -> None:
-    """Quality against priced time."""
-    import matplotlib
-
-    from rwopt.report.style import STYLE, new_figure, save
-
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(7.0, 4.4, layout="constrained")
-        axis = figure.add_subplot()
-        styles = {SOLVER: ("o-", GREY), FEW: ("s--", GREEN), PLAN: ("^-", ORANGE), LEARNED: ("o-", BLUE)}
-        others = [r for r in result["rows"] if r["method"] not in (*styles, DIALS, "plain")]
-        axis.plot([r["priced_ratio"] for r in others], [r["psnr_converged"] for r in others], ".", color="#999999",
-                  label="published methods")  # fmt: skip
-        for name, (marker, color) in styles.items():
-            rows = sorted((r["priced_ratio"], r["psnr_converged"]) for r in result["rows"] if r["method"] == name)
-            if rows:
-                axis.plot(*zip(*rows, strict=True), marker, color=color, label=name)
-        axis.set_xlabel("time over that of the plain run")
-        axis.set_ylabel("PSNR to the converged picture, dB")
-        axis.legend(frameon=False, loc="lower right")
-        save(figure, path)
 
 
 def grid(bench: Bench, path: Path, rows: int = 5) -> None:

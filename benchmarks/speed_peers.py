@@ -183,14 +183,14 @@ class Evolved:
 
 
 def evolve(
-    search: Search, cost: Prices, most: float, population: int = 20, generations: int = 10, cases: int = 16,
-    seed: int = 0, score_of: Callable[[Task, Schedule], float] | None = None,
+    search: Search, cost: Prices, most: float, spend: int, population: int = 20, cases: int = 16, seed: int = 0,
+    score_of: Callable[[Task, Schedule], float] | None = None,
 ) -> Evolved:  # fmt: skip
     """AutoDiffusion (arXiv 2309.10438): sorted time steps and the transformers and resnets that each call leaves out.
 
     Half of the first generation are mutations of the even grid that the budget pays; the best half are parents, half of
-    the children by crossover; time steps alone move in the first half of the generations, as its authors do. Fitness:
-    the recipe's objective on train cases.
+    the children by crossover; time steps alone move in the first half, as its authors do. Fitness: the recipe's
+    objective on train cases. spend: U-Net calls times pictures, after which no generation begins.
     """
     rng, model = np.random.default_rng(seed), search.experiment.model
     sites = [site for site, kind in cost.kinds.items() if kind in ("transformer", "resnet")]
@@ -267,11 +267,11 @@ def evolve(
     while len(group) < population:
         times = (first, *sorted(rng.choice(first, count - 1, replace=False).tolist(), reverse=True))
         group.append(legal((times, (frozenset(),) * len(times))))
-    for generation in range(generations):
+    while True:
         group = sorted(dict.fromkeys(group), key=fitness, reverse=True)[: population // 2]
-        if generation == generations - 1:
+        if spent >= spend:
             break
-        joint, parents = generation >= generations // 2, list(group)
+        joint, parents = spent >= spend // 2, list(group)
         while len(group) < population:
             a, b = (parents[int(k)] for k in rng.integers(0, len(parents), 2))
             group.append(crossed(a, b) if rng.random() < 0.5 else mutated(a, joint))

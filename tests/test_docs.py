@@ -56,8 +56,12 @@ TABLES = [("editing", "comparison", "docs/results.md", "editing"),
           ("tuners", "tuners", "docs/tuners.md", "tuners"), ("variants", "variants", "docs/tuners.md", "variants"),
           ("overhead", "overhead", "docs/apply.md", "overhead"), ("hooks", "hooks", "docs/apply.md", "hooks"),
           ("memory", "memory", "docs/tuners.md", "memory"),
-          ("few_steps", "few_steps", "docs/few-steps.md", "few_steps"),
-          ("speed", "speed", "docs/speed.md", "speed")]  # fmt: skip
+          ("few_steps", "few_steps_tables", "docs/few-steps.md", "few_steps"),
+          ("few_steps", "few_steps_tables.carry_markdown", "docs/few-steps.md", "carry"),
+          ("few_steps", "few_steps_tables.short", "README.md", "few-steps"),
+          ("speed", "speed_tables", "docs/speed.md", "speed"),
+          ("speed", "speed_tables.stage_table", "docs/speed.md", "stages")]  # fmt: skip
+"""Result file, module with its table (and which function, if not `markdown`), page, place."""
 
 
 def result(name: str) -> dict[str, Any]:
@@ -75,13 +79,14 @@ def between(page: str, place: str) -> str:
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield importlib.import_module
-    for name in {module for _, module, _, _ in TABLES}:
+    for name in {module.partition(".")[0] for _, module, _, _ in TABLES}:
         sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(("name", "module", "page", "place"), TABLES)
 def test_a_table_is_its_result_file(benchmark: Any, name: str, module: str, page: str, place: str) -> None:
-    assert between(page, place) == benchmark(module).markdown(result(name))
+    module, _, function = module.partition(".")
+    assert between(page, place) == getattr(benchmark(module), function or "markdown")(result(name))
 
 
 def cells(row: str) -> list[str]:
