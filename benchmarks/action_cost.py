@@ -3,7 +3,7 @@
 `python benchmarks/action_cost.py [--quick] [--table]`. A run is 8 calls with guidance: every other call a cut (after
 the outermost skip tensor, or after several) or with stored transformers; keys and values of the text made once a run,
 not once a call. Predicted: prices of `rwopt.unet.cost`, and of the text the time of its layers in a call. Measured:
-processor time of both runs in turns, the shortest of each.
+processor time of both runs, call by call in turns; medians.
 SD1.5 has random weights and pictures of 256 x 256. Results: `benchmarks/results/action_cost.json`; the table between
 markers of `docs/speed.md`. On a GPU: `benchmarks/gpu.py`.
 """
@@ -13,14 +13,19 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Semaphore
+from typing import Any, NamedTuple
 
 import torch
 from architectures import SD15
 from comparison import publish
 from sharing import command_line
+from torch import Tensor
 
 from rwopt.models import Model, load_model
+from rwopt.models.configuration import random_unet
 from rwopt.sampling.course import Course, course_by_rule
 from rwopt.sampling.denoise import Condition
 from rwopt.sampling.sample import sample
@@ -29,6 +34,7 @@ from rwopt.search.identity import versions
 from rwopt.search.speed import arguments
 from rwopt.unet.attachment import Attachment
 from rwopt.unet.cost import Watch, cost_table
+from rwopt.unet.shares import Part, spent
 
 CALLS = 8
 STORED = Action("sites", sites=(("transformer", "reuse"),))
@@ -44,10 +50,9 @@ def made(name: str, quick: bool) -> Model:
 
     torch.manual_seed(0)
     sizes = {"block_out_channels": (32, 64, 64, 64)} if quick else {}
-    torch.set_default_dtype(torch.bfloat16)  # made so from the start: in float32 it would be in memory twice
-    unet = UNet2DConditionModel(**SD15, **sizes, sample_size=32).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    unet = unet.to(memory_format=torch.channels_last)
+    with torch.device("meta"):
+        empty = UNet2DConditionModel(**SD15, **sizes, sample_size=32)
+    unet = random_unet(empty, "cpu", torch.bfloat16)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear")  # type: ignore[no-untyped-call]
     return Model(name, unet, None, None, None, scheduler, torch.device("cpu"))
 
@@ -66,54 +71,80 @@ class Run:
         self.watch = Watch(model.device)
 
     @torch.no_grad()
-    def seconds(self, plan: str | list[Action] | None = None, texts: bool = True) -> float:
-        """Of a run; a plan of actions; `texts`: keys and values of the text once."""
-        actions = None if plan is None else Actions.along(self.course.sigmas, plan)
-        with Attachment(self.model.unet, ()) as hooks:
-            call: Any = hooks if texts else _Bare(hooks)
-            begin = self.watch.now()
-            sample(self.model, call, self.x, self.condition, self.course, lambda _: None, actions=actions)
-            return self.watch.seconds(begin, self.watch.now())
+    def seconds(self, hooks: Attachment, way: Way, turn: Turn) -> list[float]:
+        """Of each call of a run."""
+        actions = None if way.plan is None else Actions.along(self.course.sigmas, way.plan)
+        marks, begin = [], self.watch.now()
 
-    def ratio(self, cheap: Callable[[], float], whole: Callable[[], float], rounds: int) -> float:
-        """Of the shortest runs, which what else the machine does has lengthened least; in turns."""
-        pairs = [(cheap(), whole()) for _ in range(rounds)]
-        return min(a for a, _ in pairs) / min(b for _, b in pairs)
+        def step(i: int, x: Tensor) -> None:
+            nonlocal begin
+            if i:  # a call is done
+                marks.append(self.watch.seconds(begin, self.watch.now()))
+                turn.pass_on()
+            begin = self.watch.now()
+
+        call: Any = hooks if way.texts else _Bare(hooks)
+        x = sample(self.model, call, self.x, self.condition, self.course, callback=step, actions=actions)
+        step(len(self.course), x)
+        return marks
+
+    def ratio(self, cheap: Way, whole: Way, rounds: int) -> float:
+        """Of the times of two runs, call by call in turns, so that both meet what else the machine does: of each call
+        the median over the rounds, and their mean."""
+        found = []
+        with Attachment(self.model.unet, ()) as hooks, ThreadPoolExecutor(2) as pool:
+            for _ in range(rounds + 1):  # the first chooses kernels
+                runs = [pool.submit(turn.take, partial(self.seconds, hooks, way))
+                        for turn, way in zip(Turn.two(), (cheap, whole), strict=True)]  # fmt: skip
+                found.append([a / b for a, b in zip(*(run.result() for run in runs), strict=True)])
+        return statistics.mean(map(statistics.median, zip(*found[1:], strict=True)))
 
     @torch.no_grad()
     def text_share(self, rounds: int) -> float:
         """Time of the text's keys and values over that of a call."""
-        layers = [getattr(module, name) for path, module in self.model.unet.named_modules() if path.endswith("attn2")
+        unet, text = self.model.unet, Part("in", "cross")
+        layers = [getattr(module, name) for path, module in unet.named_modules() if path.endswith("attn2")
                   for name in ("to_k", "to_v")]  # fmt: skip
-        starts: list[Any] = []
-        spent: list[float] = []
+        parts = {unet: Part("in", "other")} | dict.fromkeys(layers, text)
+        shape, rest = arguments(self.model, self.x, self.condition, self.course)
+        x, found = torch.randn(*shape, dtype=self.model.dtype), []
+        for _ in range(rounds + 1):  # the first call chooses kernels
+            sums = spent(parts, lambda: unet(x, 500.0, **rest), self.watch.now, self.watch.seconds)
+            found.append(sums[text] / sum(sums.values()))
+        return statistics.median(found[1:])
 
-        def enter(*_: Any) -> None:
-            starts.append(self.watch.now())
 
-        def leave(*_: Any) -> None:
-            spent.append(self.watch.seconds(starts.pop(), self.watch.now()))
+class Way(NamedTuple):
+    """Of a run. texts: keys and values of the text once."""
 
-        with Attachment(self.model.unet, ()) as hooks:
-            shape, rest = arguments(self.model, self.x, self.condition, self.course)
-            text, x = rest.pop("encoder_hidden_states"), torch.randn(*shape, dtype=self.model.dtype)
+    plan: list[Action] | None = None
+    texts: bool = True
 
-            def call() -> float:
-                begin = self.watch.now()
-                hooks(x, 500.0, text, None, **rest)
-                return self.watch.seconds(begin, self.watch.now())
 
-            call()
-            found = []
-            for _ in range(rounds):
-                handles = [h for layer in layers for h in (
-                    layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))]  # fmt: skip
-                spent.clear()
-                whole = call()
-                for handle in handles:
-                    handle.remove()
-                found.append(sum(spent) / whole)
-        return statistics.median(found)
+class Turn:
+    """Of two threads, one of which works at a time."""
+
+    def __init__(self) -> None:
+        self._free = Semaphore(0)
+        self.other = self
+
+    @classmethod
+    def two(cls) -> tuple[Turn, Turn]:
+        first, second = cls(), cls()
+        first.other, second.other = second, first
+        first._free.release()
+        return first, second
+
+    def take(self, work: Callable[[Turn], list[float]]) -> list[float]:
+        self._free.acquire()
+        try:
+            return work(self)
+        finally:
+            self.other._free.release(CALLS + 1)  # also after an error
+
+    def pass_on(self) -> None:
+        self.other._free.release()
+        self._free.acquire()
 
 
 class _Bare:
@@ -130,20 +161,19 @@ class _Bare:
 
 
 def rows(name: str, quick: bool) -> list[dict[str, Any]]:
-    run, rounds = Run(made(name, quick), MODELS[name]), 1 if quick else 5
+    run, rounds = Run(made(name, quick), MODELS[name]), 1 if quick else 9
     shape, rest = arguments(run.model, run.x, run.condition, run.course)
     cuts = (Action("cut", 1), Action("cut", 3 if name == "embedded model" else 6))
     table = cost_table(run.model.unet, shape, rest, True, (*cuts, STORED), rounds)
-    run.seconds()
     out = []
     for action in (*cuts, STORED):
         plan = [FULL, action] * (CALLS // 2)
         predicted = table.price(plan) / CALLS
-        found = run.ratio(lambda plan=plan: run.seconds(plan), run.seconds, rounds)  # type: ignore[misc]
+        found = run.ratio(Way(plan), Way(), rounds)
         what = "stored transformers" if action is STORED else f"cut {action.k}"
         out.append({"model": name, "what": f"{what}, every other call", "predicted": predicted, "measured": found})
     share = run.text_share(rounds)
-    found = run.ratio(run.seconds, lambda: run.seconds(texts=False), rounds)
+    found = run.ratio(Way(), Way(texts=False), rounds)
     predicted = 1 - share * (CALLS - 1) / CALLS
     return [*out, {"model": name, "what": "text once a run", "predicted": predicted, "measured": found}]
 

@@ -60,6 +60,7 @@ TABLES = [("editing", "comparison", "docs/results.md", "editing"),
           ("few_steps", "few_steps_tables.carry_markdown", "docs/few-steps.md", "carry"),
           ("few_steps", "few_steps_tables.short", "README.md", "few-steps"),
           ("speed", "speed_tables", "docs/speed.md", "speed"),
+          ("action_cost", "action_cost", "docs/speed.md", "action_cost"),
           ("speed", "speed_tables.stage_table", "docs/speed.md", "stages")]  # fmt: skip
 """Result file, module with its table (and which function, if not `markdown`), page, place."""
 

@@ -51,7 +51,7 @@ def workflow(schedule: Schedule) -> dict[str, dict[str, Any]]:
     nodes: dict[str, dict[str, Any]] = {}
 
     def node(name: str, kind: str, **inputs: Any) -> None:
-        nodes[name] = {"class_type": kind, "inputs": inputs, "_meta": {"title": f"{kind} (rwopt example)"}}
+        nodes[name] = {"class_type": kind, "inputs": inputs}  # no title of its own: the window shows the display name
 
     node("1", "CheckpointLoaderSimple", ckpt_name="model.safetensors")
     node("2", "RwoptApplySchedule", model=["1", 0], schedule="schedule.json", strength=1.0, start_percent=0.0,

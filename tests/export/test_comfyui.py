@@ -47,6 +47,7 @@ def test_the_folder_has_the_schedule_and_modules_that_compile(tmp_path: Path) ->
             assert "from rwopt" not in text
     workflow = json.loads((tmp_path / "node" / "example_workflow.json").read_text())
     assert workflow["6"]["class_type"] == "SamplerCustom"
+    assert not any("_meta" in node for node in workflow.values())  # a title there hides the node's name in the window
 
 
 def test_refused_with_the_site_or_entry_and_a_remedy(tmp_path: Path) -> None:
