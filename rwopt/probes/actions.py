@@ -85,8 +85,10 @@ def action_errors(
     """Measure `actions` along the plain run from `x` [N, C, h, w]. Raises `UserError` for an action on guidance where
     there is none, and for what the U-Net has not."""
     actions = [action for action in dict.fromkeys(actions) if action != FULL]
-    if cond.negative is None and any(action.kind == "guidance" for action in actions):
-        raise UserError("actions name guidance, and this run has none: leave it out, or set dials.guidance above 1")
+    if not cond.paired and any(action.kind == "guidance" for action in actions):
+        raise UserError(
+            "actions name guidance, and this run's calls have no two sides: leave it out, or set dials.guidance above 1"
+        )
     teacher = Teacher(model, attachment, x, cond, course)
     acts = attachment.acts(Actions(tuple(Level(float(n + 1), a, _FAR) for n, a in enumerate(actions))[::-1]))
     names = frozenset(name for action in actions for name in acts.names(action)) - {"output"}

@@ -104,7 +104,7 @@ def unroll(
     for i, sigma in enumerate(course.sigmas):
         row = weights(sigma)
         call = told_scale(model, cond, course.scale_at(i))
-        free = plans[0].stored(pasts[0], sigma, guided) is not None
+        free = plans[0].stored(pasts[0], sigma, cond.paired) is not None
 
         def step(
             x: Tensor, row: Row | None, cond: Condition, memory: Memory, past: Past, plan: Plan, part: slice,

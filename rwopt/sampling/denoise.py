@@ -52,6 +52,11 @@ class Condition:
         """Rows of a U-Net call for a picture: 1; 2 with guidance; 3 with that towards a picture, too."""
         return 1 if self.negative is None else 2 if self.image_guidance is None else 3
 
+    @property
+    def paired(self) -> bool:
+        """Whether a call's rows are [unconditional, conditional]."""
+        return self.each == 2
+
     def rows(self, index: slice) -> Condition:
         """The condition of some of the pictures."""
         return self._each(lambda x: x[index])

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
         """
         if self.acts is None:
             return predict(model, attachment, x, t, cond, row), past
-        past, frame = self.acts.frame(past, sigma, cond.negative is not None, self.texts)
+        past, frame = self.acts.frame(past, sigma, cond.paired, self.texts)
         if "output" in frame.given:
             return frame.given["output"].value(0), self.acts.after(past, frame, sigma)
         out = predict(model, attachment.with_frame(frame), x, t, cond, row)

@@ -63,7 +63,8 @@ class Speed:
     @property
     def guided(self) -> bool:
         """Whether calls have rows [unconditional, conditional]."""
-        return self.experiment.base.guidance != 1 and self.experiment.model.guidance_width is None
+        base, model = self.experiment.base, self.experiment.model
+        return base.guidance != 1 and base.image_guidance is None and model.guidance_width is None
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -125,7 +126,7 @@ class Speed:
         with Attachment(model.unet, ()) as hooks:
             x, cond, course = task.inputs(hooks, self.experiment.base, slice(0, task.batch))
         shape, rest = arguments(model, x, cond, course)
-        table = cost_table(model.unet, shape, rest, cond.negative is not None, self.actions)
+        table = cost_table(model.unet, shape, rest, cond.paired, self.actions)
         write_text(path, json.dumps(table.to_json()) + "\n")
         return table
 

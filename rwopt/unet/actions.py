@@ -236,16 +236,17 @@ class Acts:
         return Past(past.calls + 1, sigma, known)
 
 
-def joined(pasts: Sequence[Past], guided: bool) -> Past:
+def joined(pasts: Sequence[Past], guided: bool, sides: int = 2) -> Past:
     """Of branches that go through the U-Net together; their calls were at the same levels.
 
-    Rows of a value: [branch, row], or where guided [side, branch, row]; the difference of the sides has but one.
+    Rows of a value: [branch, row], or where guided [side, branch, row]. sides: of a guided call, 2, or 3 where the
+    source picture has guidance of its own; a whole output has 2 in any case, the difference of the sides but one.
     """
     first = pasts[0]
     known = {
         name: tuple(
             each._replace(values=tuple(
-                _stacked([past.known[name][i].values[j] for past in pasts], guided and name != "guidance")
+                _stacked([past.known[name][i].values[j] for past in pasts], _sides(name, guided, sides))
                 for j in range(len(each.values))
             ))
             for i, each in enumerate(found)
@@ -255,21 +256,21 @@ def joined(pasts: Sequence[Past], guided: bool) -> Past:
     return replace(first, known=known)
 
 
-def _stacked(values: Sequence[Tensor], guided: bool) -> Tensor:
-    if not guided:
-        return torch.cat(list(values))
-    sides = [value.chunk(2) for value in values]
-    return torch.cat([side for pair in zip(*sides, strict=True) for side in pair])
+def _sides(name: str, guided: bool, sides: int) -> int:
+    return 1 if not guided or name == "guidance" else 2 if name == "output" else sides
 
 
-def parted(past: Past, count: int, guided: bool) -> list[Past]:
+def _stacked(values: Sequence[Tensor], sides: int) -> Tensor:
+    pieces = [value.chunk(sides) for value in values]
+    return torch.cat([piece for side in zip(*pieces, strict=True) for piece in side])
+
+
+def parted(past: Past, count: int, guided: bool, sides: int = 2) -> list[Past]:
     """The inverse of `joined` for `count` branches."""
 
     def part(i: int) -> Past:
         def own(name: str, value: Tensor) -> Tensor:
-            sided = guided and name != "guidance"
-            pieces = value.chunk(2 * count if sided else count)
-            return torch.cat([pieces[i], pieces[count + i]]) if sided else pieces[i]
+            return torch.cat(value.chunk(_sides(name, guided, sides) * count)[i::count])
 
         return past.mapped(own)
 

@@ -9,7 +9,8 @@ stored branch. The U-Net's own forward, class and state dict stay as they are.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,20 +27,35 @@ from rwopt.unet.scope import Scope, outside_graphs
 from rwopt.unet.sites import BRANCHES, branch_modules, list_sites
 
 _RESIDUALS = "down_intrablock_additional_residuals"
+_MOVES = threading.Lock()
 COMPILED = "actions and torch.compile do not go together: use the U-Net that is not compiled, or a plan without actions"
 
 
 class Actor:
-    """The forward of one module, in block `around`. takes: what of its own work it keeps if asked to."""
+    """The forward of the module `owner.name`, in block `around`. takes: what of its own work it keeps if asked to."""
 
-    def __init__(self, module: nn.Module, path: str, around: nn.Module, scope: Scope) -> None:
-        self.module, self.path, self.around, self.scope = module, path, around, scope
+    def __init__(self, owner: nn.Module, name: str, path: str, around: nn.Module, scope: Scope) -> None:
+        self.owner, self.name, self.path, self.around, self.scope = owner, name, path, around, scope
+        self.module = module = owner.get_submodule(name)
         self.takes: list[Take] = []
         self.text = False
         """whether it makes keys or values of the text"""
         self.before: Callable[..., Any] | None = module.__dict__.get("forward")
         self._tupled = "return_dict" in inspect.signature(type(module).forward).parameters
         module.forward = self
+
+    @property
+    def away(self) -> bool:
+        """Whether another layer is there now: LoRA wraps layers at any time, and unwraps them. Keys and values of the
+        text are what the model's own layer makes, so that one stays."""
+        return not self.text and self.owner._modules[self.name] is not self.module
+
+    def moved(self) -> Actor:
+        """The actor of the layer that is there now."""
+        self.remove()
+        other = Actor(self.owner, self.name, self.path, self.around, self.scope)
+        other.takes, self.path, self.takes = self.takes, "", []  # this one may stay in somebody's forward
+        return other
 
     def remove(self) -> None:
         """Out of the module, or where somebody put another forward over it out of the way: no call has a frame then."""
@@ -81,8 +97,7 @@ class Actor:
         if move.does == "resume":
             return self._run(*self._resumed(move, frame, args, kwargs))
         if move.does == "hollow":
-            nothing = hollow(x)
-            return (nothing, (nothing,) * move.count) if move.count else self._contained(nothing, kwargs)
+            return self._hollow(hollow(x), move.count, kwargs)
         if move.does == "inside":  # of a resnet; two by two, so that its sampler may halve it
             return x.new_zeros(len(x), 2, *[2] * (x.ndim - 2))
         if move.does == "zero":
@@ -96,6 +111,11 @@ class Actor:
             return skips[-1], skips
         value = own(line.value(part), self.around)
         return self._contained(self._base(x) + value if move.does == "add" else value, kwargs)
+
+    def _hollow(self, nothing: Tensor, count: int, kwargs: dict[str, Any]) -> Any:
+        if hasattr(self.module, "skip_conv"):  # it hands on a picture, which may be None
+            return (nothing, (nothing,) * count, None) if count else (nothing, None)
+        return (nothing, (nothing,) * count) if count else self._contained(nothing, kwargs)
 
     def _resumed(self, move: Move, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """An up block's arguments without what its first `count` layers would use."""
@@ -154,10 +174,11 @@ class Weighed:
 
 
 class Halve:
-    """Before a U-Net call in which only the conditional rows run: the second half of every argument that has rows."""
+    """Before a U-Net call with a frame: follow layers that were replaced, and where only the conditional rows run, give
+    the second half of every argument that has rows."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, key: str, actors: dict[str, Actor]) -> None:
+        self.key, self.actors = key, actors
         self.acting = False
         """whether a plan may leave something hollow"""
 
@@ -171,25 +192,33 @@ class Halve:
             raise UserError(COMPILED)
         if kind in ("cut", "output", "encoder") and kwargs.get(_RESIDUALS):
             raise UserError(f"action {kind} leaves out what a T2I adapter is added to: use a plan without it")
+        self._follow()
         if not frame.pattern.half:
             return None
-        rows = len(_input(args, kwargs))
-        if rows % 2:
-            raise UserError(f"action guidance needs [unconditional, conditional] rows, and this call has {rows}")
+        x = _input(args, kwargs)
+        if len(x) % 2:
+            raise UserError(f"action guidance needs [unconditional, conditional] rows, and this call has {len(x)}")
+        rows = (len(x), len(x) * x.shape[2]) if x.ndim == 5 else (len(x),)  # AnimateDiff's text has a row a frame
         rest = {name: value if name == self.key else _half(value, rows) for name, value in kwargs.items()}
         return tuple(_half(value, rows) for value in args), rest
 
+    def _follow(self) -> None:
+        if any(actor.away for actor in self.actors.values()):
+            with _MOVES:  # another thread may be as far
+                self.actors.update({path: actor.moved() for path, actor in self.actors.items() if actor.away})
 
-def _half(value: Any, rows: int) -> Any:
+
+def _half(value: Any, rows: Sequence[int]) -> Any:
     if isinstance(value, Tensor):
-        return value[rows // 2 :] if value.ndim and len(value) == rows else value
+        return value[len(value) // 2 :] if value.ndim and len(value) in rows else value
     if isinstance(value, dict):
         return {name: _half(inner, rows) for name, inner in value.items()}
     return type(value)(_half(inner, rows) for inner in value) if isinstance(value, list | tuple) else value
 
 
 class Finish:
-    """After a U-Net call, with its scope still open: the other half of guidance, and what the call's owner does."""
+    """After a U-Net call, with its scope still open: the whole output or the other half of guidance, given or kept, and
+    what the call's owner does."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
@@ -201,11 +230,14 @@ class Finish:
         if not isinstance(frame, Frame):
             return None
         made = None
-        if frame.pattern.half:
+        if "output" in frame.given:
+            made = frame.given["output"].value(0)
+        elif frame.pattern.half:
             made = torch.cat([y - frame.given["guidance"].value(0), y])
         elif "guidance" in frame.keep:
             negative, positive = y.chunk(2)
             frame.take(Place("guidance"), positive - negative)
+        frame.take(Place("output"), y)
         if frame.finish is not None:
             frame.finish(frame)
         return None if made is None else like(output, made)
@@ -218,7 +250,7 @@ class Stage:
         self.unet, self.key, self.scope, self.patterns = unet, key, scope, patterns
         self._actors: dict[str, Actor] = {}
         self._guarded: set[str] = set()
-        self._halve = Halve(key)
+        self._halve = Halve(key, self._actors)
         self._hooks: list[RemovableHandle] = [
             unet.register_forward_pre_hook(self._halve, with_kwargs=True, prepend=True),
             unet.register_forward_hook(Finish(scope), prepend=True),
@@ -249,7 +281,10 @@ class Stage:
 
     def _actor(self, path: str, guarded: bool = True) -> Actor:
         if path not in self._actors:
-            self._actors[path] = Actor(self.unet.get_submodule(path), path, self._around(path), self.scope)
+            _check_loading(self.unet.get_submodule(path), path)
+            owner, _, name = path.rpartition(".")
+            around = self._around(path)
+            self._actors[path] = Actor(self.unet.get_submodule(owner), name, path, around, self.scope)
             if guarded:
                 self._guard(path)
         return self._actors[path]
@@ -302,7 +337,7 @@ def text_layers(unet: nn.Module) -> list[str]:
 
 def hollow(x: Tensor) -> Tensor:
     """What stands for a feature map that is not needed: one number a row."""
-    return x.new_zeros(len(x), 1, 1, 1)
+    return x.new_zeros(len(x), *[1] * (x.ndim - 1))
 
 
 def own(stream: Tensor, block: nn.Module) -> Tensor:
@@ -317,6 +352,18 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 _INPUTS = ("hidden_states", "sample", "input_tensor", "input", "x")
+
+
+def _check_loading(module: nn.Module, path: str) -> None:
+    """UserError where the start of a module that actions may leave out loads others too (diffusers' group offload)."""
+    hooks: Any = getattr(module, "_diffusers_hook", None)
+    hook = hooks.get_hook("group_offloading") if hooks is not None else None
+    count = len(hook.group.modules) if hook is not None else 1
+    if count > 1:
+        raise UserError(
+            f"{path} is offloaded in a group of {count}, which it may load, and actions may leave it out: "
+            "offload after the schedule is on, or use num_blocks_per_group=1"
+        )
 
 
 def _learns(module: nn.Module) -> bool:

@@ -18,10 +18,10 @@ from torch import nn
 
 from rwopt.errors import UserError
 from rwopt.schedule.actions import Action
-from rwopt.unet.sites import BRANCHES, Site, branch_modules, list_sites, skip_channels
+from rwopt.unet.sites import BRANCHES, Site, branch_modules, list_sites, resnets_at, skip_channels
 
 _STEPWISE = ("UNet2DConditionModel", "UNet2DModel")
-_RESNETS = ("ResnetBlock2D", "ResnetBlockCondNorm2D")
+_RESNETS = ("ResnetBlock2D", "ResnetBlockCondNorm2D", "TemporalResnetBlock")
 
 
 class Place(NamedTuple):
@@ -78,7 +78,8 @@ class Layer(NamedTuple):
 
 
 class Layout:
-    """The flat walk through a U-Net, for step actions. UserError where its blocks pass skip tensors in another way."""
+    """The flat walk through a U-Net, for cuts and the encoder. UserError where its blocks pass skip tensors in another
+    way."""
 
     def __init__(self, unet: Any) -> None:
         kind = type(unet).__name__
@@ -95,11 +96,10 @@ class Layout:
         odd = any(hasattr(block, "skip_norm") or hasattr(block, "resnet_down") for block in blocks)
         if kind not in _STEPWISE or odd or not self.skips == joined == sum(map(len, self.up)):
             raise UserError(
-                f"step actions are not known for this {kind}, whose blocks pass skip tensors in another way: "
-                "use actions of kind sites"
+                f"actions of kind cut and encoder are not known for this {kind}, whose blocks pass skip tensors in "
+                "another way: use actions of kind sites, output or guidance"
             )
         self.middle = "mid_block" if getattr(unet, "mid_block", None) is not None else ""
-        self.normed = getattr(unet, "conv_norm_out", None) is not None
 
     def boundary(self, k: int) -> Layer:
         """The up layer that takes skip k - 1."""
@@ -152,10 +152,15 @@ class Patterns:
         return {}, []  # the difference is taken from the U-Net's output
 
     def _output(self, action: Action) -> tuple[dict[str, Move], list[Take]]:
-        layout, place = self.layout, Place("output")
-        moves = self._hollow_down(0) | {layer[0].block: Move("hollow") for layer in layout.up}
-        moves |= {"conv_in": Move("hollow"), "conv_out": Move("give", place)}
-        return moves | ({"conv_norm_out": Move("hollow")} if layout.normed else {}), [Take("conv_out", place)]
+        """All parts are hollow, in any U-Net; its output is stored and given outside of it."""
+        unet: Any = self.unet
+        ends = ("conv_in", "transformer_in", "mid_block", "conv_norm_out", "conv_out")
+        moves = {name: Move("hollow") for name in ends if getattr(unet, name, None) is not None}
+        moves |= {f"up_blocks.{i}": Move("hollow") for i in range(len(unet.up_blocks))}
+        for i, block in enumerate(unet.down_blocks):
+            count = len(block.resnets) + len(getattr(block, "downsamplers", None) or ())  # as many skips, or more
+            moves[f"down_blocks.{i}"] = Move("hollow", count=count)
+        return moves, []
 
     def _cut(self, action: Action) -> tuple[dict[str, Move], list[Take]]:
         layout, place = self.layout, Place(action.place)
@@ -207,9 +212,9 @@ class Patterns:
                 moves[site.path] = Move("base") if rule == "skip" else Move("add", place)
                 takes.append(Take(site.path, place, "branch"))
             elif site.kind == "resnet":
-                place = Place(site.id)
-                moves |= self._resnet(site, module, rule)
-                takes.append(Take(f"{site.path}.conv2", place))
+                for path, place in self._residuals(site, module):
+                    moves |= _resnet(self.unet.get_submodule(path), path, None if rule == "skip" else place)
+                    takes.append(Take(f"{path}.conv2", place))
             else:
                 names = {id(part): name for name, part in module.named_modules()}
                 for i, part in enumerate(branch_modules(module, site.kind)):
@@ -218,15 +223,14 @@ class Patterns:
                     takes.append(Take(path, Place(site.id, i)))
         return moves, takes
 
-    def _resnet(self, site: Site, module: nn.Module, rule: str) -> dict[str, Move]:
-        """Shortcut and sum run on; all that leads to `conv2`'s output, the branch, does not."""
-        if type(module).__name__ not in _RESNETS:
-            raise UserError(f"actions at {site.id}: a {type(module).__name__} can only run, leave this site out")
-        hollow = ("norm1", "conv1", "time_emb_proj", "norm2")
-        there = [name for name in hollow if getattr(module, name, None) is not None]
-        place = None if rule == "skip" else Place(site.id)
-        moves = {f"{site.path}.{name}": Move("inside", place) for name in there}
-        return moves | {f"{site.path}.conv2": Move("give" if place else "hollow", place)}
+    def _residuals(self, site: Site, module: nn.Module) -> list[tuple[str, Place]]:
+        """Path and place of each residual block at a site: one, or with frames two."""
+        names = {id(part): f"{site.path}.{name}".removesuffix(".") for name, part in module.named_modules()}
+        parts = resnets_at(module)
+        odd = [type(part).__name__ for part in parts if type(part).__name__ not in _RESNETS]
+        if odd:
+            raise UserError(f"actions at {site.id}: a {odd[0]} can only run, leave this site out")
+        return [(names[id(part)], Place(site.id, i)) for i, part in enumerate(parts)]
 
     def ruled(self, action: Action) -> dict[Site, str]:
         """Site -> rule of an action of kind `sites`. UserError for a site that the U-Net has not, and for a transformer
@@ -248,6 +252,13 @@ class Patterns:
         if inside:
             raise UserError(f"actions name {inside[0]} and the transformer that it is in: give one of the two")
         return found
+
+
+def _resnet(module: nn.Module, path: str, place: Place | None) -> dict[str, Move]:
+    """Shortcut and sum run on; all that leads to `conv2`'s output, the branch, does not. place: None if it is 0."""
+    inside = ("norm1", "conv1", "time_emb_proj", "norm2")
+    moves = {f"{path}.{name}": Move("inside", place) for name in inside if getattr(module, name, None) is not None}
+    return moves | {f"{path}.conv2": Move("give" if place else "hollow", place)}
 
 
 def _silent(site: str, moves: Mapping[str, Move]) -> bool:

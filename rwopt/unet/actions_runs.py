@@ -3,6 +3,8 @@
 A U-Net is not told which picture it works on. What is stored belongs to one thread and to one *run*: the sample's
 shape, number format and device, the text tensor itself (split guidance has two a step), and the tensor of time steps,
 which a pipeline makes anew for each picture. A run is over as soon as its thread makes a call at a higher noise level.
+So nothing of one picture is in another, whatever changes in between: a LoRA's scale, other weights, a device. A change
+in the middle of a picture acts where something is computed: what is stored comes from before it.
 """
 
 from __future__ import annotations

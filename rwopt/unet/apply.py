@@ -128,7 +128,10 @@ class Weigh:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         x: Tensor = args[0] if args else kwargs["sample"]
         t = args[1] if len(args) > 1 else kwargs["timestep"]
-        given = self._given(module, x, t, args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states"))
+        text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+        if text is None:  # Kandinsky's condition
+            text = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
+        given = self._given(module, x, t, text)
         return (args, {**kwargs, **given}) if given else None
 
     @eager

@@ -1,13 +1,8 @@
-"""Every action at every kind of site does what a plainly written second implementation does.
-
-That one walks through the U-Net block by block on a copy, keeps all it sees in dictionaries, and puts stored branches
-in by setting `forward` on the copy. It knows nothing of frames, patterns or actors.
-"""
+"""Every action at every kind of site does what a plainly written second implementation does."""
 
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from typing import Any
 
@@ -16,195 +11,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from helpers import pipelines, twins
+from helpers.naive import CALLS, Naive, ours, picture, sites
 from torch import Tensor
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
 from rwopt.schedule.actions import FULL, Action, Actions, by_letters
-from rwopt.unet.actions import Acts, Known, Past
+from rwopt.unet.actions import Known, Past
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
-from rwopt.unet.sites import BRANCHES, list_sites
+from rwopt.unet.sites import list_sites
 
-SIGMAS = (9.0, 6.0, 4.0, 2.5, 1.6, 1.0, 0.5)
-TIMES = (900, 800, 700, 550, 400, 250, 100)
+SIGMAS, TIMES = zip(*CALLS, strict=True)
 KINDS = ("transformer", "self", "cross", "ff", "resnet", "skip")
-
-
-class Naive:
-    """The second implementation, for one picture."""
-
-    def __init__(self, unet: Any, rest: dict[str, Any], plan: list[Action], weights: dict[str, float]) -> None:
-        self.unet, self.rest, self.plan, self.w = copy.deepcopy(unet), rest, plan, weights
-        self.seen: dict[str, list[tuple[float, Any]]] = {}
-        self.sites = list_sites(unet, KINDS[:5])
-
-    def read(self, name: str, order: int, sigma: float) -> Any:
-        new_at, new = self.seen[name][-1]
-        if not order:
-            return new
-        old_at, old = self.seen[name][-2]
-        share = (math.sqrt(sigma) - math.sqrt(new_at)) / (math.sqrt(new_at) - math.sqrt(old_at))
-        if isinstance(new, list):
-            return [b + share * (b - a) for a, b in zip(old, new, strict=True)]
-        return new + share * (new - old)
-
-    def keep(self, name: str, sigma: float, value: Any) -> None:
-        self.seen.setdefault(name, []).append((sigma, value))
-
-    def __call__(self, i: int, x: Tensor) -> Tensor:
-        action, sigma = self.plan[i], SIGMAS[i]
-        rest = self.rest
-        if action.kind == "output":
-            return self.read("output", action.order, sigma)
-        if action.kind == "guidance":
-            half = len(x) // 2
-            positive = self.walk(i, x[half:], {k: cut(v, half) for k, v in rest.items()}, action)
-            return torch.cat([positive - self.read("guidance", action.order, sigma), positive])
-        out = self.walk(i, x, rest, action)
-        if action.kind == "full":
-            self.keep("output", sigma, out)
-            self.keep("guidance", sigma, out[len(out) // 2 :] - out[: len(out) // 2])
-        return out
-
-    def walk(self, i: int, x: Tensor, rest: dict[str, Any], action: Action) -> Tensor:
-        unet, sigma, text = self.unet, SIGMAS[i], rest["encoder_hidden_states"]
-        emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=TIMES[i]))
-        added = unet.get_aug_embed(emb, text, rest.get("added_cond_kwargs"))
-        emb = emb if added is None else emb + added
-        rules = {}
-        for site in self.sites:
-            rule = dict(action.sites).get(site.id, dict(action.sites).get(site.kind, "run"))
-            rules[site.id] = rule if action.kind == "sites" else "run"
-        fresh = action.kind in ("full", "sites")
-
-        def through(path: str, h: Tensor) -> Tensor:
-            module, branch_at = unet.get_submodule(path), f"{path}.resnet" if "resnets" in path else path
-            rule, w = rules[branch_at], self.w.get(branch_at, 1.0)
-            if "resnets" in path:
-                return self.resnet(module, branch_at, h, emb, rule, sigma, w, fresh)
-            if rule == "skip":
-                return h
-            if rule != "run":
-                return h + w * self.read(path, rule == "extrapolate", sigma)
-            with self.branches(module, path, rules, sigma, fresh):
-                y = module(h, encoder_hidden_states=text, return_dict=False)[0]
-            if fresh:
-                self.keep(path, sigma, y - h)
-            return h + w * (y - h)
-
-        h = unet.conv_in(x)
-        skips = [h]
-        for b, block in enumerate(unet.down_blocks):
-            for j in range(len(block.resnets)):
-                h = through(f"down_blocks.{b}.resnets.{j}", h)
-                if getattr(block, "attentions", None):
-                    h = through(f"down_blocks.{b}.attentions.{j}", h)
-                skips.append(h)
-            for sampler in block.downsamplers or ():
-                h = sampler(h)
-                skips.append(h)
-        if action.kind == "encoder":
-            skips = self.read("encoder", action.order, sigma)
-            h = skips[-1]
-        if action.kind == "full":
-            self.keep("encoder", sigma, list(skips))
-        h = through("mid_block.resnets.0", h)
-        for j in range(len(unet.mid_block.attentions)):
-            h = through(f"mid_block.attentions.{j}", h)
-            h = through(f"mid_block.resnets.{j + 1}", h)
-        left = len(skips)
-        for b, block in enumerate(unet.up_blocks):
-            for j in range(len(block.resnets)):
-                if action.kind == "cut" and left == action.k:
-                    h = self.read(f"cut {left}", action.order, sigma)
-                if action.kind == "full":
-                    self.keep(f"cut {left}", sigma, h)
-                left -= 1
-                skip = skips[left] * self.w.get(f"up_blocks.{b}.resnets.{j}.skip", 1.0)
-                h = through(f"up_blocks.{b}.resnets.{j}", torch.cat([h, skip], 1))
-                if getattr(block, "attentions", None):
-                    h = through(f"up_blocks.{b}.attentions.{j}", h)
-            for sampler in block.upsamplers or ():
-                h = sampler(h)
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
-
-    def resnet(
-        self, module: Any, name: str, h: Tensor, emb: Tensor, rule: str, sigma: float, w: float, fresh: bool
-    ) -> Tensor:
-        shortcut = h if module.conv_shortcut is None else module.conv_shortcut(h)
-        if rule == "skip":
-            return shortcut / module.output_scale_factor
-        branch = module(h, emb) * module.output_scale_factor - shortcut if rule == "run" else None
-        if branch is None:
-            branch = self.read(name, rule == "extrapolate", sigma)
-        elif fresh:
-            self.keep(name, sigma, branch)
-        return (shortcut + w * branch) / module.output_scale_factor
-
-    def branches(self, module: Any, path: str, rules: dict[str, str], sigma: float, fresh: bool) -> Any:
-        """Inside of it the branches of a transformer follow their rules."""
-        naive = self
-
-        class Ruled:
-            def __enter__(self) -> None:
-                self.changed = []
-                for kind, attribute in BRANCHES.items():
-                    rule, name = rules[f"{path}.{kind}"], f"{path}.{kind}"
-                    for i, block in enumerate(module.transformer_blocks):
-                        part, w = getattr(block, attribute), naive.w.get(name, 1.0)
-                        self.changed.append(part)
-                        part.forward = self.ruled(part, f"{name}.{i}", rule, w)
-
-            def ruled(self, part: Any, name: str, rule: str, w: float) -> Any:
-                def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                    if rule == "skip":
-                        return 0 * x
-                    if rule != "run":
-                        return w * naive.read(name, rule == "extrapolate", sigma)
-                    y = type(part).forward(part, x, *args, **kwargs)
-                    if fresh:
-                        naive.keep(name, sigma, y)
-                    return w * y
-
-                return forward
-
-            def __exit__(self, *_: object) -> None:
-                for part in self.changed:
-                    del part.forward
-
-        return Ruled()
-
-
-def cut(value: Any, half: int) -> Any:
-    return {k: cut(v, half) for k, v in value.items()} if isinstance(value, dict) else value[half:]
-
-
-def picture(call: Any, x: Tensor, first: int = 0) -> Tensor:
-    """A toy sampler with guidance: rows [unconditional, conditional] share their latents."""
-    for i in range(first, len(SIGMAS)):
-        negative, positive = call(i, torch.cat([x, x])).chunk(2)
-        x = x - 0.2 * (negative + 4 * (positive - negative))
-    return x
-
-
-def ours(attachment: Attachment, acts: Acts, rest: dict[str, Any], weights: Tensor | None) -> Any:
-    past = Past()
-    rest = dict(rest)
-    text = rest.pop("encoder_hidden_states")
-
-    def call(i: int, x: Tensor) -> Tensor:
-        nonlocal past
-        past, frame = acts.frame(past, SIGMAS[i], guided=True)
-        out = attachment.with_frame(frame)(x, TIMES[i], text, weights, **rest)
-        past = acts.after(past, frame, SIGMAS[i])
-        return out
-
-    return call
-
-
-def sites(rule: str, *names: str) -> Action:
-    return Action("sites", sites=tuple((name, rule) for name in names))
 
 
 STEPS = ("FFoFoFF", "FhFhFhF", "FF1F1FF", "FFaFaaF", "FF2FbFF", "FF3FcFF", "FF44FFF", "FF5FeFF", "FF6FfFF", "FFGFgFF",

@@ -144,5 +144,5 @@ def test_it_is_kept_as_json(given: Given, tmp_path: Path) -> None:
 
 def test_guidance_needs_guidance(given: Given) -> None:
     x, cond = given.inputs
-    with Attachment(given.unet, ()) as attachment, pytest.raises(UserError, match="this run has none"):
+    with Attachment(given.unet, ()) as attachment, pytest.raises(UserError, match="have no two sides"):
         action_errors(given.model, attachment, x, cond.unguided(), given.course, (GUIDANCE,))

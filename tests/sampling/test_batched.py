@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from helpers.small import make_tiny_unet
 from torch import Tensor
 
 from rwopt.models import Model
 from rwopt.sampling.batched import sample_batched
 from rwopt.sampling.course import course_by_rule
-from rwopt.sampling.denoise import condition
+from rwopt.sampling.denoise import Condition, condition
 from rwopt.sampling.sample import Weights, sample
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import Actions
 from rwopt.tasks import Dials, make_task
 from rwopt.tasks.cases import load_cases
 from rwopt.unet.attachment import Attachment
@@ -116,3 +120,31 @@ def test_schedules_for_one_side_of_guidance_share_a_call(avatars: Model) -> None
     plain = task.images(Dials(1.0, 1.0))
     torch.testing.assert_close(alone[5], plain)  # without guidance all rows are conditional
     torch.testing.assert_close(alone[4], alone[3])
+
+
+@pytest.mark.parametrize("image_guidance", [None, 1.5])
+def test_what_is_stored_stays_each_candidates_own(image_guidance: float | None) -> None:
+    """Under a plan, with two and with three rows a picture (edits by instruction)."""
+    unet = make_tiny_unet(in_channels=8)
+    scheduler = DDIMScheduler(prediction_type="v_prediction")  # type: ignore[no-untyped-call]
+    model = Model("tiny", unet, None, None, None, scheduler, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    x, extra = torch.randn(2, 2, 4, 8, 8, generator=draw)
+    text, negative = torch.randn(2, 2, 5, 12, generator=draw)
+    cond = Condition(text, negative, 3.0, extra=extra, image_guidance=image_guidance)
+    course = course_by_rule(model, 7, "dpmpp_2m")
+    sites = [s.id for s in list_sites(unet)]
+    candidates: Candidates = [
+        (scale, lambda _, w=w: torch.full((len(sites),), w)) for scale, w in ((3.0, 0.8), (3.0, 1.2), (5.0, 0.8))
+    ]
+    with Attachment(unet, sites) as attachment:
+        plain = sample(model, attachment, x, cond, course, candidates[0][1])
+        for letters in ("FF1aFoF", "FFgFGFF", "FFnFxFF"):
+            actions = Actions.along(course.sigmas, letters)
+            ends = sample_batched(model, attachment, x, cond, course, candidates, 64, actions)
+            for (scale, weights), end in zip(candidates, ends, strict=True):
+                own = replace(cond, guidance=scale)
+                alone = sample(model, attachment, x, own, course, weights, actions=actions)
+                torch.testing.assert_close(end, alone, rtol=0, atol=1e-4)
+            same = torch.allclose(ends[0], plain, rtol=0, atol=1e-4)
+            assert same == ("g" in letters and image_guidance is not None)  # three sides have no one difference
