@@ -14,6 +14,10 @@ XL: dict[str, Any] = {
     "cross_attention_dim": 2048,
     "use_linear_projection": True,
 }
+POOLED: dict[str, Any] = {
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+"""What SDXL is conditioned on beside its text: left out where that changes nothing of interest."""
 VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from architectures import SD15, XL
+from architectures import POOLED, SD15, XL
 from diffusers import EulerDiscreteScheduler
 from overhead import CONSTANTS, full, ramp, small
 from torch import Tensor
@@ -26,9 +26,7 @@ from rwopt.unet.neighbours import freeu
 from rwopt.unet.sites import BRANCHES, SITE_KINDS, branch_modules, list_sites
 
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-         "projection_class_embeddings_input_dim": 2816}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {"SD1.5": SD15 | {"sample_size": 64}, "SDXL": XL | ADDED | {"sample_size": 128}}
+MODELS: dict[str, dict[str, Any]] = {"SD1.5": SD15 | {"sample_size": 64}, "SDXL": XL | POOLED | {"sample_size": 128}}
 LITTLE = {  # in --small; there too SDXL has 210 branches
     "SD1.5": {"sample_size": 8},
     "SDXL": {"sample_size": 8, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16},

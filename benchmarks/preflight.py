@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import SD15, VAE, XL
+from architectures import POOLED, SD15, VAE, XL
 
 from rwopt import config
 from rwopt.files import write_text
@@ -62,8 +62,7 @@ def save_model(kind: str, folder: Path, quick: bool) -> None:
         )  # fmt: skip
 
     if kind == "xl":
-        unet |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-                 "projection_class_embeddings_input_dim": 2816}  # fmt: skip
+        unet |= POOLED
     torch.set_default_dtype(torch.bfloat16)  # made so from the start: in float32 it would be in memory twice
     network = diffusers.UNet2DConditionModel(**unet, sample_size=64)
     torch.set_default_dtype(torch.float32)

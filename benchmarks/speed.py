@@ -12,7 +12,6 @@ Results: `benchmarks/results/speed.json`; tables between the markers of `docs/sp
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from comparison import into
 from sharing import ROOT, command_line, unless_taken
 from speed_peers import Evolved, Prices, candidates, evolve, nearest, prices, schedule
 from speed_tables import DIALS, FEW, LEARNED, PLAN, SOLVER, curve, markdown, stage_table
+from turns import Clock, Turn, in_turns, unlike
 
 from rwopt import config
 from rwopt.files import write_text
@@ -62,6 +62,7 @@ class Bench:
         self.folder, self.quick, self.seeds = folder, quick, seeds
         self.budgets = (0.5,) if quick else BUDGETS
         self._searches: dict[str, Search] = {}
+        self._plain: Search | None = None
 
     def search(self, budget: float) -> Search:
         return self._search("speed", f"speed-{budget:g}", [f"task.budget={budget}"])
@@ -200,35 +201,33 @@ class Bench:
             write_text(path, json.dumps(found.to_json()))
         return Scores.from_json(json.loads(path.read_text()))
 
-    def seconds(self, search: Search, arm: Arm, rounds: int = 3, pictures: int = 16) -> float:
-        """The measured time of a whole run over that of the plain one, side by side; kept."""
+    def seconds(self, search: Search, arm: Arm, rounds: int = 5, pictures: int = 4) -> float:
+        """The measured time of a whole run over that of the plain one, call by call in turns; kept."""
         path = search.folder / "arms" / f"{arm.name}.time.json"
         if path.exists():
             return float(json.loads(path.read_text()))
-        base = self.search(self.budgets[0])
-        pairs = []
-        for _ in range(1 if self.quick else rounds):
-            whole, own = (self._run(s, schedule, pictures) for s, schedule in ((base, None), (search, arm.schedule)))
-            pairs.append(own / whole)
-        ratio = statistics.median(pairs)
+        if self._plain is None:  # a model of its own: an attachment with actions does not stack
+            base = self.search(self.budgets[0])
+            self._plain = Search(base.settings, base.folder, Silent(), self.folder / "teacher")
+        own, plain = (partial(self._run, s, schedule, pictures) for s, schedule in
+                      ((search, arm.schedule), (self._plain, None)))  # fmt: skip
+        ratio = unlike(in_turns(own, plain, 1 if self.quick else rounds))
         write_text(path, json.dumps(ratio))
         return ratio
 
     @torch.no_grad()
-    def _run(self, search: Search, schedule: Schedule | None, pictures: int) -> float:
-        """Processor seconds of sampling. Calls without guidance run both rows here, at scale 1, so that the time of
+    def _run(self, search: Search, schedule: Schedule | None, pictures: int, turn: Turn) -> list[float]:
+        """Processor seconds of each call. Calls without guidance run both rows here, at scale 1, so that the time of
         T-GATE, guidance interval and adaptive guidance is measured too high; their price is right."""
         from rwopt.tasks.task import attach, weights_of
 
         experiment, task = search.experiment, search.experiment.splits.task("test")
         course = task.course(experiment.base, None if schedule is None else schedule.steps)
+        clock = Clock(Watch(experiment.model.device), turn)
         with attach(experiment.model, schedule) as hooks:
             x, cond, course = task.inputs(hooks, experiment.base, slice(0, pictures), course)
-            actions = None if schedule is None else schedule.actions
-            watch = Watch(experiment.model.device)
-            start = watch.now()
-            sample(experiment.model, hooks, x, cond, course, weights_of(schedule), actions=actions)
-            return watch.seconds(start, watch.now())
+            actions, weights = None if schedule is None else schedule.actions, weights_of(schedule)
+            return clock.of_calls(sample(experiment.model, hooks, x, cond, course, weights, False, clock, actions))
 
 
 def price_of(bench: Bench, budget: float, name: str, arm: Arm) -> float:
