@@ -1,6 +1,6 @@
 """Quality against time: a searched plan of actions, weights learned with it on, and what others do with the same time.
 
-`python benchmarks/speed.py [--quick] [--seeds 2]`. Base: 12 calls of DPM++ 2M; budgets .75, .5 and .35 of its time, in
+`python benchmarks/speed.py [--quick] [--seeds 5]`. Base: 12 calls of DPM++ 2M; budgets .75, .5 and .35 of its time, in
 full calls by costs measured on this machine; beside them the measured ratio of whole runs. The truth is the teacher,
 the plain model's picture from the same noise in 50 calls of DPM++ 2M; second column: the base's own 12-call picture,
 which papers compare with. 256 test cases that no search has seen. Finished arms are kept in the run folder, so that a
@@ -361,7 +361,7 @@ def grid(bench: Bench, path: Path, rows: int = 5) -> None:
 
 def main() -> None:
     quick = "minutes: one budget, few cases and updates, own file"
-    args = command_line("speed", __doc__, quick, 2, "of plan and weights")
+    args = command_line("speed", __doc__, quick, 5, "of plan and weights")
     bench = Bench(args.folder, args.quick, args.seeds)
     if args.work:
         bench.work()
