@@ -65,7 +65,7 @@ PLAN = {
     "dpmpp_2m": {3: Part(5, 3, 0, True), 2: Part(5, 3, 5, True), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2),
                  10: Part(5, 1)},
     # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
-    "ddim": {4: Part(5, 2), 3: Part(5, 2)},
+    "ddim": {4: Part(5, 2), 3: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2), 10: Part(5, 2)},
 }
 QUICK = {"dpmpp_2m": {2: Part(2, 1, 1, True)}, "ddim": {2: Part(1, 1)}}
 FULL = ["task.train=96", "task.validation=24", "task.test=256", "tuner.trials=4", "gradient.updates=16",
