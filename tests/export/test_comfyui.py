@@ -215,10 +215,12 @@ def test_all_ones_changes_no_bit_and_nothing_stays(comfy: Any, small: Any, tmp_p
         assert getattr(module.forward, "__self__", module) is module, name
 
 
-def test_freeu_in_both_orders(comfy: Any, small: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("topology", ["sd15", "sdxl"])
+def test_freeu_in_both_orders(comfy: Any, small: Any, tmp_path: Path, topology: str) -> None:
     from comfy_extras.nodes_freelunch import FreeU
 
-    small, sigmas = small("sd15"), small("sd15").sigmas(3)
+    small = small(topology)
+    sigmas = small.sigmas(3)
     for kinds in ("transformer", "all"):
         schedule = random_schedule(sites_of(small.unet, kinds))
         folder = tmp_path / kinds
