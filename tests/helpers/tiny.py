@@ -71,6 +71,8 @@ def scored_trials(folder: Path) -> dict[str, int]:
     query = """select study_name, count(*) from studies join trials using (study_id)
                where state = 'COMPLETE' group by study_name"""
     with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True) as database:
+        if database.execute("select 1 from sqlite_master where name = 'trials'").fetchone() is None:
+            return {}  # killed before its tables were made
         counts = dict(database.execute(query).fetchall())
     for table in folder.glob("studies/*/trials.json"):
         counts[table.parent.name] = sum(row["state"] == "done" for row in json.loads(table.read_text())["rows"])
