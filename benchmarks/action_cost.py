@@ -88,8 +88,8 @@ class Run:
         actions = None if way.plan is None else Actions.along(course.sigmas, way.plan)
         clock = Clock(self.watch, turn)
         call: Any = hooks if way.texts else _Bare(hooks)
-        x = sample(self.model, call, self.x, self.condition, course, callback=clock, actions=actions)
-        return clock.of_calls(x)
+        sample(self.model, call, self.x, self.condition, course, callback=clock, actions=actions)
+        return clock.of_calls()
 
     def times(self, first: Way, second: Way, rounds: int) -> Times:
         with Attachment(self.model.unet, ()) as hooks:

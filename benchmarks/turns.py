@@ -56,8 +56,8 @@ class Clock:
             self._end()
         self._begin = self.watch.now()
 
-    def of_calls(self, x: Tensor) -> list[float]:
-        """Once `x`, the sampler's end, is there."""
+    def of_calls(self) -> list[float]:
+        """Seconds of each, once the sampler is at its end."""
         self._end()
         return self._seconds
 
@@ -66,9 +66,7 @@ class Clock:
         self.turn.pass_on()
 
 
-def in_turns(
-    first: Callable[[Turn], list[float]], second: Callable[[Turn], list[float]], rounds: int
-) -> Times:  # fmt: skip
+def in_turns(first: Callable[[Turn], list[float]], second: Callable[[Turn], list[float]], rounds: int) -> Times:
     """Both runs `rounds` times, after one of each in which kernels are chosen."""
     found: Times = []
     with ThreadPoolExecutor(2) as pool:

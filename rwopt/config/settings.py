@@ -108,6 +108,11 @@ class TaskSettings:
         check_grid("task.grid", self.grid)
 
     @property
+    def affordable(self) -> int:
+        """Full calls that the budget pays, 1 at least."""
+        return max(1, int(self.budget * self.steps + 1e-9))
+
+    @property
     def kind(self) -> str:
         """What is done: generation, or the method of editing."""
         return self.method if self.name == "editing" else self.name

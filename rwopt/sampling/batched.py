@@ -94,12 +94,12 @@ def _call(
     out, past = plan.call(
         model, attachment, torch.cat([b.latents for b in part]), t, own,
         _stacked([b.weights for b in part if b.weights is not None], size),
-        joined([b.past for b in part], guided, cond.each), sigma,
+        joined([b.past for b in part], cond.each), sigma,
     )  # fmt: skip
     pieces = list(torch.split(out, size))
     if guided:
         pieces = [torch.cat(pair) for pair in zip(pieces[:n], pieces[n:], strict=True)]
-    return list(zip(pieces, parted(past, n, guided, cond.each), strict=True))
+    return list(zip(pieces, parted(past, n, cond.each), strict=True))
 
 
 def _stacked(weights: Sequence[Row], size: int) -> Row | None:

@@ -100,7 +100,6 @@ def planned_calls(
     runs under a budget counts as the full calls that it pays.
     """
     task, tuner, n = settings.task, settings.tuner, settings.task.steps
-    few = max(1, int(task.budget * n + 1e-9))
     draws = task.draws
 
     def batches(cases: int, each: int = draws) -> int:
@@ -111,25 +110,25 @@ def planned_calls(
     if taught:
         mine = settings.gradient.draws if settings.gradient.draws != draws else 0
         out["teacher"] = task.teacher.steps * (train + validation + test + (batches(task.train, mine) if mine else 0))
-    chosen = tuner.top_k * validation * few
     solvers = len(settings.steps.samplers) * len(settings.steps.grids)
     gradient = settings.gradient
     path = GradientPath(gradient.mode, gradient.last, gradient.stride)
-    update = path.price(few, kept=kept) * gradient.batch * gradient.accumulate / task.batch
+    update = path.price(task.affordable, kept=kept) * gradient.batch * gradient.accumulate / task.batch
     for spec in arms:
-        evaluations, own = spec.evaluations(tuner), few if spec.solver or spec.learned or spec.planned else n
+        own = task.affordable if spec.solver or spec.learned or spec.planned else n
+        evaluations, chosen = spec.evaluations(tuner), tuner.top_k * validation * own
         if spec.solver:
-            calls = solvers * validation * few + (4 * few * few + few) * test  # worth: N + 1 to 3 N plain calls
+            calls = solvers * validation * own + (4 * own * own + own) * test  # worth: N + 1 to 3 N plain calls
         elif spec.planned:
             calls = search
         elif spec.learned:
             starts = 1 if settings.probe.start == "none" or not spec.weights else 2
             rounds = max(0, tuner.trials - starts) if tuner.name in ("auto", "gradient") else 0
-            calls = evaluations * train * few + round(rounds * gradient.updates * update) + chosen
+            calls = evaluations * train * own + round(rounds * gradient.updates * update) + chosen
         elif spec.budget == "none":
-            calls = validation * n
+            calls = validation * own
         else:
-            calls = evaluations * train * n + tuner.top_k * validation * n
+            calls = evaluations * train * own + chosen
         out[spec.name] = calls + test * own
     if search and not any(spec.planned for spec in arms):
         out["plan"] = search

@@ -58,7 +58,7 @@ class Speed:
     @property
     def affordable(self) -> int:
         """Full calls that the budget pays, 1 at least: those of a plain solver at the same price."""
-        return max(1, int(self.most))
+        return self.settings.task.affordable
 
     @property
     def guided(self) -> bool:

@@ -236,17 +236,17 @@ class Acts:
         return Past(past.calls + 1, sigma, known)
 
 
-def joined(pasts: Sequence[Past], guided: bool, sides: int = 2) -> Past:
+def joined(pasts: Sequence[Past], sides: int) -> Past:
     """Of branches that go through the U-Net together; their calls were at the same levels.
 
-    Rows of a value: [branch, row], or where guided [side, branch, row]. sides: of a guided call, 2, or 3 where the
-    source picture has guidance of its own; a whole output has 2 in any case, the difference of the sides but one.
+    Rows of a value: [side, branch, row]. sides: of a call, 1 without guidance, 2 with it, 3 where the source picture
+    has guidance of its own; a whole output has 2 at most, the difference of the sides but one.
     """
     first = pasts[0]
     known = {
         name: tuple(
             each._replace(values=tuple(
-                _stacked([past.known[name][i].values[j] for past in pasts], _sides(name, guided, sides))
+                _stacked([past.known[name][i].values[j] for past in pasts], _sides(name, sides))
                 for j in range(len(each.values))
             ))
             for i, each in enumerate(found)
@@ -256,8 +256,8 @@ def joined(pasts: Sequence[Past], guided: bool, sides: int = 2) -> Past:
     return replace(first, known=known)
 
 
-def _sides(name: str, guided: bool, sides: int) -> int:
-    return 1 if not guided or name == "guidance" else 2 if name == "output" else sides
+def _sides(name: str, sides: int) -> int:
+    return 1 if name == "guidance" else min(sides, 2) if name == "output" else sides
 
 
 def _stacked(values: Sequence[Tensor], sides: int) -> Tensor:
@@ -265,12 +265,12 @@ def _stacked(values: Sequence[Tensor], sides: int) -> Tensor:
     return torch.cat([piece for side in zip(*pieces, strict=True) for piece in side])
 
 
-def parted(past: Past, count: int, guided: bool, sides: int = 2) -> list[Past]:
+def parted(past: Past, count: int, sides: int) -> list[Past]:
     """The inverse of `joined` for `count` branches."""
 
     def part(i: int) -> Past:
         def own(name: str, value: Tensor) -> Tensor:
-            return torch.cat(value.chunk(_sides(name, guided, sides) * count)[i::count])
+            return torch.cat(value.chunk(_sides(name, sides) * count)[i::count])
 
         return past.mapped(own)
 

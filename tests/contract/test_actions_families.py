@@ -414,10 +414,10 @@ def test_what_branches_store_together_is_what_they_store_alone(each: int) -> Non
     past = {name: torch.randn(2 * 2 * sides, 3) for name, sides in
             (("cut 1", each), ("output", min(each, 2)), ("guidance", 1))}  # fmt: skip
     both = Past(2, 1.0, {name: (Known(1.0, 1, (value,)),) for name, value in past.items()})
-    apart = parted(both, 2, each > 1, each)
+    apart = parted(both, 2, each)
     for name, value in past.items():
         sided = value.unflatten(0, (-1, 2, 2))
         for i, branch in enumerate(apart):
             assert torch.equal(branch.known[name][0].values[0], sided[:, i].flatten(0, 1)), name
-        again = joined(apart, each > 1, each)
+        again = joined(apart, each)
         assert torch.equal(again.known[name][0].values[0], value)

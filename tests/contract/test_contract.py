@@ -133,8 +133,6 @@ def twins() -> dict[str, Twin]:
     return {name: make(name).double() for name in NETS}
 
 
-ROWS = ("ddim", "heun", "dpm++ sde")
-"""Samplers with one and two calls a step, and with noise; rows know nothing else of a sampler."""
 EVERY = [(name, how) for name in NETS for how in SAMPLERS] + [(name, how) for name in ("sd", "svd") for how in VARIANTS]
 
 
@@ -142,18 +140,19 @@ EVERY = [(name, how) for name in NETS for how in SAMPLERS] + [(name, how) for na
 @pytest.mark.parametrize(("name", "how"), EVERY)
 @torch.no_grad()
 def test_every_class_under_every_sampler(twins: dict[str, Twin], name: str, how: str) -> None:
-    """All ones, an oracle, the noise levels, no trace."""
+    """All ones, an oracle, the noise levels, guidance in one batch or split, a schedule for each row, no trace."""
     twin = twins[name]
     pipe = SimpleNamespace(unet=twin.unet, scheduler=sampler(how))
     before, ids = state(twin.unet), ids_of(twin.unet, WHOLE)
     plain, _ = sampled(pipe, twin)
     with apply(pipe, Schedule.constant(ids, [10.0, 0.1])):
         assert torch.equal(sampled(pipe, twin)[0], plain)
-    spy = ramp(ids)
+    spy, other = ramp(ids), ramp(ids, seed=1)
     with apply(pipe, spy):
         spy.seen.clear()
         changed, levels = sampled(pipe, twin)
         seen = list(spy.seen)
+        close(sampled(pipe, twin, split=True)[0], changed)
     assert state(twin.unet) == before
     assert not torch.allclose(changed, plain)
 
@@ -162,6 +161,16 @@ def test_every_class_under_every_sampler(twins: dict[str, Twin], name: str, how:
 
     close(sampled(SimpleNamespace(unet=oracle_of(twin.unet, weights(spy)), scheduler=pipe.scheduler), twin)[0], changed)
 
+    with Attachment(twin.unet, ids) as attachment:
+
+        def rows(x: Tensor, t: Any, **rest: Any) -> Any:
+            table = np.stack([schedule.at(meant(pipe.scheduler, t)) for schedule in (spy, other)])
+            return SimpleNamespace(sample=attachment(x, t, weights=torch.tensor(table), **rest))
+
+        both, _ = sampled(SimpleNamespace(unet=rows, scheduler=pipe.scheduler), twin)
+    with apply(pipe, other):
+        close(both, torch.cat([changed[:1], sampled(pipe, twin)[0][1:]]))
+
     assert len(seen) == len(pipe.scheduler.timesteps) == {"pndm": 4, "heun": 5, "kdpm2": 5, "dpm++ sde": 5}.get(how, 3)
     if "edm" in how or "svd" in how:
         np.testing.assert_allclose(seen, levels, rtol=1e-4)
@@ -169,26 +178,3 @@ def test_every_class_under_every_sampler(twins: dict[str, Twin], name: str, how:
         table = sigma_of(pipe.scheduler.alphas_cumprod.numpy())
         off = np.abs(timestep_of(seen, table) - timestep_of(levels, table)).max()
         assert off <= (0.51 if how.startswith(("dpm++ 2m", "unipc")) else 0.02)
-
-
-@pytest.mark.filterwarnings("ignore:Should have t")
-@pytest.mark.parametrize(("name", "how"), [pair for pair in EVERY if pair[0] == "sd" or pair[1] in ROWS])
-@torch.no_grad()
-def test_rows_of_every_class(twins: dict[str, Twin], name: str, how: str) -> None:
-    """Guidance in one batch or split; a schedule for each row."""
-    twin = twins[name]
-    pipe, ids = SimpleNamespace(unet=twin.unet, scheduler=sampler(how)), ids_of(twin.unet, WHOLE)
-    one, other = ramp(ids), ramp(ids, seed=1)
-    with apply(pipe, one):
-        changed, _ = sampled(pipe, twin)
-        close(sampled(pipe, twin, split=True)[0], changed)
-
-    with Attachment(twin.unet, ids) as attachment:
-
-        def rows(x: Tensor, t: Any, **rest: Any) -> Any:
-            table = np.stack([schedule.at(meant(pipe.scheduler, t)) for schedule in (one, other)])
-            return SimpleNamespace(sample=attachment(x, t, weights=torch.tensor(table), **rest))
-
-        both, _ = sampled(SimpleNamespace(unet=rows, scheduler=pipe.scheduler), twin)
-    with apply(pipe, other):
-        close(both, torch.cat([changed[:1], sampled(pipe, twin)[0][1:]]))

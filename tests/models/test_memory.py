@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
-from rwopt.models import Model
+from rwopt.models import Model, memory
 from rwopt.models.memory import LARGE, Live, call_bytes, checkpointed_blocks, counting, feature_map, twin
 from rwopt.unet.sites import list_sites
 
@@ -69,13 +69,15 @@ def test_a_twin_is_like_its_original_and_takes_nothing() -> None:
         assert fake(x, 3, text).sample.shape == x.shape
 
 
-def test_a_call_takes_memory_in_proportion_to_its_rows() -> None:
+def test_a_call_takes_memory_in_proportion_to_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("tiny", make_tiny_unet(), None, None, None, None, torch.device("cpu"))
     sites = tuple(site.id for site in list_sites(model.unet))
     two, eight = (call_bytes(model.unet, sites, "residual", (n, 4, 32, 32), (n, 5, 12)) for n in (2, 8))
     assert eight == pytest.approx(4 * two, rel=0.02)
     row = model.row_bytes(sites, "residual", torch.Size([4, 32, 32]), torch.Size([5, 12]))
     assert row == two / 2
+    monkeypatch.setattr(memory, "_count_call", None)  # found once
+    assert model.row_bytes(sites, "residual", torch.Size([4, 32, 32]), torch.Size([5, 12])) == row
 
 
 def test_which_decoders_are_large(avatars: Model) -> None:

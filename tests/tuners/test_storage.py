@@ -16,12 +16,26 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import pytest
 from helpers.workers import STARTS, objective, open_tuner
+from sqlalchemy import create_engine
 
 from rwopt.errors import UserError
 from rwopt.tuners.leases import has_heartbeat
 from rwopt.tuners.storage import absolute_url, check_url, open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 99])
+def test_a_file_whose_making_was_broken_off_is_made_to_its_end(tmp_path: Path, count: int) -> None:
+    """A kill between two tables; 99: before the version is noted."""
+    from optuna.storages._rdb.models import BaseModel
+
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    engine = create_engine(url)
+    BaseModel.metadata.create_all(engine, tables=BaseModel.metadata.sorted_tables[:count])
+    engine.dispose()
+    optuna.create_study(storage=open_storage(url), study_name="a")
+    assert optuna.get_all_study_names(open_storage(url)) == ["a"]
 
 
 @pytest.mark.parametrize(
