@@ -55,7 +55,7 @@ TABLES = [("editing", "comparison", "docs/results.md", "editing"),
           ("probes", "probes", "docs/probes.md", "probes"), ("snr", "snr", "docs/probes.md", "snr"),
           ("tuners", "tuners", "docs/tuners.md", "tuners"), ("variants", "variants", "docs/tuners.md", "variants"),
           ("overhead", "overhead", "docs/apply.md", "overhead"), ("hooks", "hooks", "docs/apply.md", "hooks"),
-          ("memory", "memory", "docs/tuners.md", "memory"),
+          ("memory", "memory", "docs/tuners.md", "memory"), ("gpu", "gpu", "docs/apply.md", "gpu"),
           ("few_steps", "few_steps_tables", "docs/few-steps.md", "few_steps"),
           ("few-steps-editing", "comparison", "docs/few-steps.md", "few-steps-editing"),
           ("few_steps", "few_steps_tables.carry_markdown", "docs/few-steps.md", "carry"),
@@ -218,7 +218,7 @@ def check_python(code: str, where: str) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rwopt":
             for alias in node.names:
-                resolve_name(f"{node.module}:{alias.name}")
+                resolve_name(f"{node.module}.{alias.name}")  # also of modules that nobody has imported yet
         elif isinstance(node, ast.Attribute):
             name = ast.unparse(node)
             if re.fullmatch(r"rwopt(\.\w+)+", name):

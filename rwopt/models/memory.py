@@ -14,12 +14,14 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from rwopt.unet.attachment import Attachment
 
@@ -158,14 +160,25 @@ def feature_map(config: Any, height: int, width: int, itemsize: int) -> int:
 def checkpointed_blocks(net: Any) -> Iterator[None]:
     """The blocks of `net` that run in here keep no activations: they are run again in the backward pass.
 
-    Afterwards every block's own switch is as it was. Not for two threads with one network.
+    Afterwards every block's own switch is as it was; while a block is run again, all are on as they were the first
+    time, since a block may hold others. Not for two threads with one network.
     """
     parts = [module for module in net.modules() if hasattr(module, "gradient_checkpointing")]
-    before = [part.gradient_checkpointing for part in parts]
-    if not all(before):
-        net.enable_gradient_checkpointing()
+    before = [(part.gradient_checkpointing, getattr(part, "_gradient_checkpointing_func", None)) for part in parts]
+    if not all(on for on, _ in before):
+        net.enable_gradient_checkpointing(partial(_checkpointed, net))
     try:
         yield
     finally:
-        for part, was in zip(parts, before, strict=True):
-            part.gradient_checkpointing = was
+        for part, (on, function) in zip(parts, before, strict=True):
+            part.gradient_checkpointing, part._gradient_checkpointing_func = on, function
+
+
+def _checkpointed(net: Any, part: Any, *args: Any) -> Any:
+    """What diffusers calls in place of `part(*args)`."""
+
+    def run(*args: Any) -> Any:
+        with checkpointed_blocks(net):
+            return part(*args)
+
+    return checkpoint(run, *args, use_reentrant=False)

@@ -145,6 +145,18 @@ def test_a_large_decoder_takes_pictures_one_by_one_where_gradients_are_on(monkey
     assert not any(switches(model.vae))
 
 
+def test_a_block_that_holds_others_is_run_again_as_it_was_run_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11 holds a block against what it saved the first time, and refuses one that saves other things."""
+    monkeypatch.setattr("rwopt.models.model.LARGE", 0)
+    model = Model("small", None, small_vae(), None, None, None, torch.device("cpu"))
+    middle, runs = model.vae.decoder.mid_block, list[bool]()
+    middle.register_forward_pre_hook(lambda middle, _: runs.append(middle.gradient_checkpointing))
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.autograd.grad(model.decode(z).square().mean(), z)
+    assert len(runs) >= 3  # first, in the picture's second run, in its own
+    assert all(runs)
+
+
 def test_the_pictures_activations_are_not_alive_together(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = small_vae()
 
