@@ -49,6 +49,10 @@ def show(args: argparse.Namespace) -> None:
             told = f"{steps.told[i]:.4g}" if steps.told else "-"
             calls.add_row(str(i + 1), f"{sigma:.4g}", told, f"{steps.guidance[i]:.2f}" if steps.guidance else "-")
         console.print(calls)
+    if schedule.actions is not None:
+        console.print(f"[bold]actions[/bold]: {escape(schedule.actions.text)}", highlight=False)
+        if schedule.actions.about:
+            console.print(schedule.actions.about, highlight=False)
     if args.png:
         from rwopt.report import schedule_heatmap
 

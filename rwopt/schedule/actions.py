@@ -10,7 +10,11 @@ An `Action` says it of one call, an `Actions` of every noise level:
     encoder     the down path's skip tensors are stored, middle and up path are computed (Faster Diffusion, Li et al.
                 2024, arXiv 2312.09608)
     sites       everything but some sites, each by its own rule: reuse (its stored raw branch, weighed by the present
-                weights), extrapolate (the branch by order 1), skip (its branch is 0)
+                weights), extrapolate (the branch by order 1), skip (its branch is 0), mean (below)
+
+A call of kind `sites` may be of one side of guidance (`cfg_branch`): its rows alone are computed and stand for both
+sides, so it is not guided. There a site reuses the stored branch of those rows, or by the rule `mean` the mean of the
+two sides' (T-GATE, Liu et al. 2024, arXiv 2404.02747). Where calls have no two sides, it is a call of all rows.
 
 Order 0 is the value of the last call that computed it (the last *fresh* one), order 1 the line through the last two
 fresh ones, read at the present noise level. The line is straight in sqrt(sigma): of ten axes tried on the embedded
@@ -21,7 +25,8 @@ finite at the clean end.
 A stored value is used at most `max_gap` calls, and while the noise level has fallen by at most the level's `max_ratio`
 since it was fresh; what is missing or too old is computed (`rwopt.unet.actions`). So a file is safe with another number
 of steps. Only a `full` call makes the values of step actions fresh; a site's branch is fresh in every call of `full` or
-`sites` in which the site is computed.
+`sites` in which the site is computed. A call of one side that lacks one of its values computes everything, both sides:
+its picture would else be without the words, or of the words alone.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -40,8 +45,10 @@ from rwopt.schedule.document import brief
 from rwopt.schedule.noise import Array
 
 STEP_KINDS = ("full", "cut", "output", "guidance", "encoder", "sites")
-_READS = {"reuse": 1, "extrapolate": 2, "skip": 0}
+_READS = {"reuse": 1, "extrapolate": 2, "skip": 0, "mean": 1}
 SITE_RULES = tuple(_READS)
+CFG_BRANCHES = ("both", "cond", "uncond")
+"""Rows of guidance, [unconditional, conditional], that something holds for."""
 RULED_KINDS = ("transformer", "self", "cross", "ff", "resnet")
 """Site kinds with a branch of their own, which a rule may be for."""
 _NAME = re.compile(
@@ -59,13 +66,14 @@ class Action:
     """Of one call. Raises `UserError` for what does not exist.
 
     k: of a cut, at least 1; order: 0 or 1, of all but full and sites; sites: (site id or site kind, rule), of `sites`.
-    A site's own id goes before its kind.
+    A site's own id goes before its kind. cfg_branch: the rows that are computed, of `sites` alone.
     """
 
     kind: str = "full"
     k: int = 0
     order: int = 0
     sites: tuple[tuple[str, str], ...] = ()
+    cfg_branch: str = "both"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple((str(name), str(rule)) for name, rule in self.sites))
@@ -82,6 +90,11 @@ class Action:
                 raise UserError(f"sites names {brief(name)}: give a site or one of the kinds {', '.join(RULED_KINDS)}")
             if rule not in SITE_RULES:
                 raise UserError(f"sites.{brief(name)} is {brief(rule)}: choose from {', '.join(SITE_RULES)}")
+            if rule == "mean" and self.cfg_branch == "both":
+                raise UserError(f"sites.{brief(name)} is mean, and the call has both sides: give a cfg_branch")
+        if self.cfg_branch not in (CFG_BRANCHES if self.kind == "sites" else CFG_BRANCHES[:1]):
+            sides = ", ".join(CFG_BRANCHES)
+            raise UserError(f"cfg_branch is {brief(self.cfg_branch)} of action {self.kind}: give sites one of {sides}")
 
     @property
     def place(self) -> str:
@@ -96,13 +109,27 @@ class Action:
         return max((_READS[rule] for _, rule in self.sites), default=0)
 
     @property
+    def paired(self) -> bool:
+        """Whether it is of calls with rows [unconditional, conditional] alone."""
+        return self.kind == "guidance" or self.cfg_branch != "both"
+
+    @property
+    def unpaired(self) -> Action:
+        """What a call does instead whose rows are not."""
+        if self.kind == "guidance":
+            return FULL
+        sites = tuple((name, "reuse" if rule == "mean" else rule) for name, rule in self.sites)
+        return replace(self, sites=sites, cfg_branch="both") if self.paired else self
+
+    @property
     def letter(self) -> str:
         """For printing: F full; o and h the output by order 1 and held; 1 to 6 and a to f cuts of order 0 and 1; G, g
         guidance, N, n the encoder, and x, X cross-attention, likewise; others in brackets."""
         if self in _LETTER:
             return _LETTER[self]
         name = f"{self.place or self.kind}{''.join(f' {n} {rule}' for n, rule in self.sites)}"
-        return f"[{name}{' line' if self.order else ''}]"
+        side = f" {self.cfg_branch}" if self.cfg_branch != "both" else ""
+        return f"[{name}{' line' if self.order else ''}{side}]"
 
 
 FULL = Action()
@@ -190,6 +217,22 @@ class Actions:
         return "".join(level.action.letter for level in self.levels)
 
     @property
+    def paired(self) -> bool:
+        """Whether an action is of calls with rows [unconditional, conditional] alone."""
+        return any(action.paired for action in self.patterns)
+
+    @property
+    def about(self) -> str:
+        """Plain sentences on calls of one side; "" if there are none."""
+        sides = [side for side in CFG_BRANCHES[1:] if any(action.cfg_branch == side for action in self.patterns)]
+        means = [*dict.fromkeys(name for action in self.patterns for name, rule in action.sites if rule == "mean")]
+        more = f" and {len(means) - 3} more" if len(means) > 3 else ""
+        said = [f"Calls marked {side} compute the {side}itional rows alone and are not guided." for side in sides]
+        if means:
+            said.append(f"There {', '.join(means[:3])}{more} is the mean over both sides of an earlier, guided call.")
+        return " ".join(said)
+
+    @property
     def patterns(self) -> tuple[Action, ...]:
         """The distinct actions."""
         return tuple(dict.fromkeys(level.action for level in self.levels))
@@ -234,6 +277,8 @@ def _level_dict(level: Level) -> dict[str, Any]:
         entry["order"] = action.order
     if action.sites:
         entry["sites"] = dict(action.sites)
+    if action.cfg_branch != "both":
+        entry["cfg_branch"] = action.cfg_branch
     if action != FULL:
         entry["max_ratio"] = float(f"{level.max_ratio:.6g}") if level.max_ratio >= 1.000001 else 1.0
     return entry
@@ -247,8 +292,9 @@ def actions_of(document: Mapping[str, Any] | None) -> Actions | None:
     for i, entry in enumerate(document["levels"]):
         try:
             action = Action(
-                entry["action"], entry.get("k", 0), entry.get("order", 0), tuple(entry.get("sites", {}).items())
-            )
+                entry["action"], entry.get("k", 0), entry.get("order", 0), tuple(entry.get("sites", {}).items()),
+                entry.get("cfg_branch", "both"),
+            )  # fmt: skip
             if action != FULL and "max_ratio" not in entry:
                 raise UserError(f"action {action.kind} lacks 'max_ratio': say how far the noise level may have fallen")
             levels.append(Level(float(entry["sigma"]), action, float(entry.get("max_ratio", 1.0))))

@@ -21,7 +21,7 @@ from rwopt.files import read_head
 from rwopt.schedule.noise import noise_table
 
 FORMAT = "rwopt.schedule"
-VERSION = "1.3"  # 1.1: noise.train_sigma, noise.timestep "flow"; 1.2: steps; 1.3: actions
+VERSION = "1.4"  # 1.1: noise.train_sigma, noise.timestep "flow"; 1.2: steps; 1.3: actions; 1.4: their cfg_branch, mean
 LIMIT = 2_000_000
 """Bytes of a file. A thousand noise levels of two hundred sites take less."""
 LARGEST = 1e30

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from rwopt.errors import UserError
 from rwopt.files import write_text
-from rwopt.schedule.actions import Actions, actions_of
+from rwopt.schedule.actions import CFG_BRANCHES, Actions, actions_of
 from rwopt.schedule.document import (
     FORMAT,
     LARGEST,
@@ -41,7 +41,6 @@ from rwopt.schedule.steps import Steps, steps_of
 
 INTERPOLATIONS = ("linear", "nearest", "previous")
 MODES = ("residual", "output")
-CFG_BRANCHES = ("both", "cond", "uncond")
 
 _KNOT_TOLERANCE = 1e-3  # in ln sigma, a third of one training timestep: files made by hand round their sigmas
 

@@ -9,7 +9,8 @@ they have one. By construction a call computes everything (`full`) where
 - it has served `max_gap` calls, or the level has fallen by more than `max_ratio` since it was computed.
 
 Who keeps a `Past` starts a new one for another run, thread, shape, number format, device or text. In an action of kind
-`sites` what is missing is missing site by site: such a site runs.
+`sites` what is missing is missing site by site: such a site runs. A call of one side of guidance computes everything
+then.
 """
 
 from __future__ import annotations
@@ -30,23 +31,43 @@ Values = tuple[Tensor, ...]
 
 
 class Known(NamedTuple):
-    """A stored value, each tensor with the rows of its call first; the call's noise level and number."""
+    """A stored value, each tensor with the rows of its call first; the call's noise level, number and rows."""
 
     sigma: float
     call: int
     values: Values
+    side: str = "both"
+
+    def serves(self, side: str) -> bool:
+        """Whether it has the rows of a call of `side`."""
+        return self.side in ("both", side)
+
+    def of(self, side: str) -> Values:
+        """Those rows."""
+        return self.values if self.side == side else tuple(rows_of(value, side) for value in self.values)
+
+
+def rows_of(value: Tensor, side: str) -> Tensor:
+    """Of a tensor with rows [unconditional, conditional] first those of cond or uncond."""
+    half = len(value) // 2
+    return value[half:] if side == "cond" else value[:half]
 
 
 class Line(NamedTuple):
-    """What a call takes of a stored value: `new + share (new - old)`; without `old` the last fresh one itself."""
+    """What a call takes of a stored value: `new + share (new - old)`; without `old` the last fresh one itself, or by
+    `mean` the mean of its two sides of guidance."""
 
     new: Values
     old: Values = ()
     share: float = 0.0
+    mean: bool = False
 
     def value(self, part: int) -> Tensor:
         """Tensor `part` of it, in its own number format."""
         new = self.new[part]
+        if self.mean:
+            negative, positive = new.chunk(2)
+            return (negative + positive) / 2
         return torch.lerp(new, self.old[part], -self.share) if self.old else new
 
 
@@ -65,19 +86,20 @@ class Texts:
 
     def __init__(self, vouched: bool = False) -> None:
         self.vouched = vouched
-        self._known: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._known: dict[tuple[int, str], dict[str, tuple[Tensor, Tensor]]] = {}
 
-    def get(self, path: str, text: Tensor) -> Tensor | None:
-        """What layer `path` made of `text`, if it is known."""
-        found = self._known.get(len(text), {}).get(path)
+    def get(self, path: str, text: Tensor, side: str = "both") -> Tensor | None:
+        """What layer `path` made of `text` in a call of `side` of guidance, if it is known."""
+        found = self._known.get((len(text), side), {}).get(path)
         if found is None or text.shape != found[0].shape or text.dtype != found[0].dtype:
             return None
         return found[1] if self.vouched or same_tensor(text, found[0]) else None
 
-    def put(self, path: str, text: Tensor, made: Tensor) -> None:
-        if len(text) not in self._known and len(self._known) >= self._MOST:
+    def put(self, path: str, text: Tensor, made: Tensor, side: str = "both") -> None:
+        key = len(text), side
+        if key not in self._known and len(self._known) >= self._MOST:
             del self._known[next(iter(self._known))]
-        self._known.setdefault(len(text), {})[path] = text, made
+        self._known.setdefault(key, {})[path] = text, made
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -119,9 +141,9 @@ class Frame(Plain):
         return self.weights.table()
 
     def weighed(self, weights: Plain) -> Frame:
-        """The same with the weights of the call: those of the conditional rows where only they run."""
-        if self.pattern.half and isinstance(weights, Columns) and weights.weights.ndim == 2:
-            weights = Columns(weights.weights[len(weights.weights) // 2 :])
+        """The same with the weights of the call: those of the one side where only that runs."""
+        if self.pattern.side != "both" and isinstance(weights, Columns) and weights.weights.ndim == 2:
+            weights = Columns(rows_of(weights.weights, self.pattern.side))
         return replace(self, weights=weights, taken=self.taken)
 
     def take(self, place: Place, value: Tensor) -> None:
@@ -144,28 +166,38 @@ class Past:
     sigma: float = math.inf
     known: Mapping[str, tuple[Known, ...]] = field(default_factory=dict)
 
-    def line(self, name: str, order: int, sigma: float, level: Level, gap: int) -> Line | None:
-        """A stored value for a call at `sigma`; None if it is missing or too old."""
-        known = self.known.get(name, ())
+    def line(
+        self, name: str, order: int, sigma: float, level: Level, gap: int, side: str = "both", mean: bool = False
+    ) -> Line | None:
+        """A stored value for a call at `sigma`; None if it is missing or too old, or is of the other side's rows.
+
+        mean: over the two sides; of a value of one side that value.
+        """
+        known = self.known.get(name, ())[-1 - order :]
         if len(known) <= order:
             return None
         last = known[-1]
         if self.calls - last.call > gap or last.sigma > level.max_ratio * sigma:
             return None
+        if mean and last.side == "both":
+            return Line(last.values, mean=True)
+        if not all(each.serves(side) for each in known):
+            return None
         if order == 0:
-            return Line(last.values)
-        here, there = axis(known[-2].sigma), axis(last.sigma)
-        return Line(last.values, known[-2].values, (axis(sigma) - there) / (there - here))
+            return Line(last.of(side))
+        before = known[0]
+        here, there = axis(before.sigma), axis(last.sigma)
+        return Line(last.of(side), before.of(side), (axis(sigma) - there) / (there - here))
 
     def detached(self) -> Past:
         """Without the gradient of what is stored, but of whole outputs: those enter behind the U-Net."""
         free = {name: found for name, found in self.known.items() if name == "output"}
-        return replace(self, known={**self.mapped(lambda _, value: value.detach()).known, **free})
+        return replace(self, known={**self.mapped(lambda *of: of[-1].detach()).known, **free})
 
-    def mapped(self, part: Callable[[str, Tensor], Tensor]) -> Past:
-        """With every stored tensor changed: `part(name of the value, tensor)`."""
+    def mapped(self, part: Callable[[str, Known, Tensor], Tensor]) -> Past:
+        """With every stored tensor changed: `part(name of the value, the value, tensor)`."""
         known = {
-            name: tuple(each._replace(values=tuple(part(name, v) for v in each.values)) for each in found)
+            name: tuple(each._replace(values=tuple(part(name, each, v) for v in each.values)) for each in found)
             for name, found in self.known.items()
         }
         return replace(self, known=known)
@@ -186,17 +218,17 @@ class Acts:
     def frame(self, past: Past, sigma: float, guided: bool, texts: Texts | None = None) -> tuple[Past, Frame]:
         """Of a call at VE sigma: the past that holds for it (empty if a new picture starts), and the frame.
 
-        guided: whether the rows are [unconditional, conditional]; else an action on guidance means full.
+        guided: whether the rows are [unconditional, conditional]; else an action on guidance means full, and one of
+        one side all rows.
         """
         if self.actions is None:
             return past, Frame(self.patterns[FULL], texts=texts)
         if not sigma <= past.sigma:
             past = Past()
         level = self.actions.at(sigma)
-        action, given = level.action, dict[str, Line]()
+        action, given = level.action if guided else level.action.unpaired, dict[str, Line]()
         if action != FULL:
-            again = sigma == past.sigma or (action.kind == "guidance" and not guided)
-            found = None if again else self._given(past, sigma, level)
+            found = None if sigma == past.sigma else self._given(past, sigma, level, action)
             action, given = (FULL, {}) if found is None else (action, found)
         keep = frozenset[str]()
         if action == FULL or action.kind == "sites":
@@ -207,15 +239,20 @@ class Acts:
             )  # fmt: skip
         return past, Frame(self.patterns[action], PLAIN, given, keep - given.keys(), texts)
 
-    def _given(self, past: Past, sigma: float, level: Level) -> dict[str, Line] | None:
+    def _given(self, past: Past, sigma: float, level: Level, action: Action) -> dict[str, Line] | None:
         """What a cheap call takes; None if that is not there."""
         assert self.actions is not None
-        action, gap = level.action, self.actions.max_gap
+        gap, side = self.actions.max_gap, action.cfg_branch
         if action.kind != "sites":
             line = past.line(action.place, action.order, sigma, level, gap)
             return None if line is None else {action.place: line}
         rules = {site.id: rule for site, rule in self.patterns.ruled(action).items() if rule != "skip"}
-        lines = {name: past.line(name, rule == "extrapolate", sigma, level, gap) for name, rule in rules.items()}
+        lines = {
+            name: past.line(name, rule == "extrapolate", sigma, level, gap, side, rule == "mean")
+            for name, rule in rules.items()
+        }
+        if side != "both" and None in lines.values():
+            return None
         return {name: line for name, line in lines.items() if line is not None}
 
     def names(self, action: Action) -> tuple[str, ...]:
@@ -232,7 +269,7 @@ class Acts:
         known = {name: found for name, found in past.known.items() if name in readable}
         for name, values in frame.values().items():
             before = [each for each in known.get(name, ()) if each.sigma > sigma]
-            known[name] = (*before[-1:], Known(sigma, past.calls, values))
+            known[name] = (*before[-1:], Known(sigma, past.calls, values, frame.pattern.side))
         return Past(past.calls + 1, sigma, known)
 
 
@@ -240,13 +277,14 @@ def joined(pasts: Sequence[Past], sides: int) -> Past:
     """Of branches that go through the U-Net together; their calls were at the same levels.
 
     Rows of a value: [side, branch, row]. sides: of a call, 1 without guidance, 2 with it, 3 where the source picture
-    has guidance of its own; a whole output has 2 at most, the difference of the sides but one.
+    has guidance of its own; a whole output has 2 at most, the difference of the sides, and what a call of one side
+    computes, but one.
     """
     first = pasts[0]
     known = {
         name: tuple(
             each._replace(values=tuple(
-                _stacked([past.known[name][i].values[j] for past in pasts], _sides(name, sides))
+                _stacked([past.known[name][i].values[j] for past in pasts], _sides(name, each, sides))
                 for j in range(len(each.values))
             ))
             for i, each in enumerate(found)
@@ -256,8 +294,10 @@ def joined(pasts: Sequence[Past], sides: int) -> Past:
     return replace(first, known=known)
 
 
-def _sides(name: str, sides: int) -> int:
-    return 1 if name == "guidance" else min(sides, 2) if name == "output" else sides
+def _sides(name: str, known: Known, sides: int) -> int:
+    if name == "guidance" or known.side != "both":
+        return 1
+    return min(sides, 2) if name == "output" else sides
 
 
 def _stacked(values: Sequence[Tensor], sides: int) -> Tensor:
@@ -269,8 +309,8 @@ def parted(past: Past, count: int, sides: int) -> list[Past]:
     """The inverse of `joined` for `count` branches."""
 
     def part(i: int) -> Past:
-        def own(name: str, value: Tensor) -> Tensor:
-            return torch.cat(value.chunk(_sides(name, sides) * count)[i::count])
+        def own(name: str, known: Known, value: Tensor) -> Tensor:
+            return torch.cat(value.chunk(_sides(name, known, sides) * count)[i::count])
 
         return past.mapped(own)
 

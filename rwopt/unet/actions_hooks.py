@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rwopt.errors import UserError
 from rwopt.schedule.actions import FULL, Actions
-from rwopt.unet.actions import Frame
+from rwopt.unet.actions import Frame, rows_of
 from rwopt.unet.actions_patterns import Move, Patterns, Place, Take
 from rwopt.unet.call import like
 from rwopt.unet.checkpointing import Call, close_parts, guard_blocks, guard_resnets
@@ -151,10 +151,11 @@ class Actor:
         text: Tensor = _input(args, kwargs)
         if frame.texts is None or (torch.is_grad_enabled() and (text.requires_grad or _learns(self.module))):
             return self._run(args, kwargs)
-        made = frame.texts.get(self.path, text)
+        side = frame.pattern.side
+        made = frame.texts.get(self.path, text, side)
         if made is None:
             made = self._run(args, kwargs)
-            frame.texts.put(self.path, text, made)
+            frame.texts.put(self.path, text, made, side)
         return made
 
 
@@ -174,8 +175,8 @@ class Weighed:
 
 
 class Halve:
-    """Before a U-Net call with a frame: follow layers that were replaced, and where only the conditional rows run, give
-    the second half of every argument that has rows."""
+    """Before a U-Net call with a frame: follow layers that were replaced, and where one side of guidance runs alone,
+    give its half of every argument that has rows."""
 
     def __init__(self, key: str, actors: dict[str, Actor]) -> None:
         self.key, self.actors = key, actors
@@ -193,14 +194,15 @@ class Halve:
         if kind in ("cut", "output", "encoder") and kwargs.get(_RESIDUALS):
             raise UserError(f"action {kind} leaves out what a T2I adapter is added to: use a plan without it")
         self._follow()
-        if not frame.pattern.half:
+        side = frame.pattern.side
+        if side == "both":
             return None
         x = _input(args, kwargs)
         if len(x) % 2:
-            raise UserError(f"action guidance needs [unconditional, conditional] rows, and this call has {len(x)}")
+            raise UserError(f"action {kind} needs [unconditional, conditional] rows, and this call has {len(x)}")
         rows = (len(x), len(x) * x.shape[2]) if x.ndim == 5 else (len(x),)  # AnimateDiff's text has a row a frame
-        rest = {name: value if name == self.key else _half(value, rows) for name, value in kwargs.items()}
-        return tuple(_half(value, rows) for value in args), rest
+        rest = {name: value if name == self.key else _half(value, rows, side) for name, value in kwargs.items()}
+        return tuple(_half(value, rows, side) for value in args), rest
 
     def _follow(self) -> None:
         if any(actor.away for actor in self.actors.values()):
@@ -208,17 +210,17 @@ class Halve:
                 self.actors.update({path: actor.moved() for path, actor in self.actors.items() if actor.away})
 
 
-def _half(value: Any, rows: Sequence[int]) -> Any:
+def _half(value: Any, rows: Sequence[int], side: str) -> Any:
     if isinstance(value, Tensor):
-        return value[len(value) // 2 :] if value.ndim and len(value) in rows else value
+        return rows_of(value, side) if value.ndim and len(value) in rows else value
     if isinstance(value, dict):
-        return {name: _half(inner, rows) for name, inner in value.items()}
-    return type(value)(_half(inner, rows) for inner in value) if isinstance(value, list | tuple) else value
+        return {name: _half(inner, rows, side) for name, inner in value.items()}
+    return type(value)(_half(inner, rows, side) for inner in value) if isinstance(value, list | tuple) else value
 
 
 class Finish:
     """After a U-Net call, with its scope still open: the whole output or the other half of guidance, given or kept, and
-    what the call's owner does."""
+    what the call's owner does. One side that runs alone stands for both: however it is guided, it comes out."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
@@ -232,8 +234,8 @@ class Finish:
         made = None
         if "output" in frame.given:
             made = frame.given["output"].value(0)
-        elif frame.pattern.half:
-            made = torch.cat([y - frame.given["guidance"].value(0), y])
+        elif frame.pattern.side != "both":
+            made = torch.cat([y - frame.given["guidance"].value(0) if "guidance" in frame.given else y, y])
         elif "guidance" in frame.keep:
             negative, positive = y.chunk(2)
             frame.take(Place("guidance"), positive - negative)

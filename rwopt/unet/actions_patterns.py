@@ -47,13 +47,13 @@ class Move:
 
 @dataclass(frozen=True)
 class Pattern:
-    """moves: module path -> move; idle: columns of weights whose sites are not computed; half: conditional rows only.
-    """
+    """moves: module path -> move; idle: columns of weights whose sites are not computed; side: of guidance, whose rows
+    alone run, or both."""
 
     action: Action
     moves: Mapping[str, Move] = field(default_factory=dict)
     idle: frozenset[int] = frozenset()
-    half: bool = False
+    side: str = "both"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Patterns:
             make: Callable[[Action], tuple[dict[str, Move], list[Take]]] = getattr(self, f"_{action.kind}")
             moves, takes = make(action)
             idle = frozenset(i for i, site in enumerate(self.columns) if _silent(site, moves))
-            self._made[action] = Pattern(action, moves, idle, action.kind == "guidance"), tuple(takes)
+            side = "cond" if action.kind == "guidance" else action.cfg_branch
+            self._made[action] = Pattern(action, moves, idle, side), tuple(takes)
         return self._made[action]
 
     def _full(self, action: Action) -> tuple[dict[str, Move], list[Take]]:

@@ -74,22 +74,22 @@ class ActingLookup(Lookup):
     def check(target: Any, schedule: Schedule) -> None:
         """UserError if the plan needs an order of guidance that is not known."""
         actions = schedule.actions
-        kinds = {action.kind for action in actions.patterns} if actions is not None else set()
-        if "guidance" in kinds and type(target).__name__ not in _PAIRED:
+        if actions is not None and actions.paired and type(target).__name__ not in _PAIRED:
             raise UserError(
-                f"actions of kind guidance, and the order of guidance in the batch of a {type(target).__name__} is not "
-                f"known: use other actions, or one of {', '.join(sorted(_PAIRED)[:3])} and kin"
+                "actions of kind guidance or with a cfg_branch, and the order of guidance in the batch of a "
+                f"{type(target).__name__} is not known: use other actions, or one of {', '.join(sorted(_PAIRED)[:3])} "
+                "and kin"
             )
 
     def frame(self, x: Tensor, t: Any, text: Tensor | None) -> Frame:
         """Of a U-Net call with sample `x` at timestep `t` and `text`."""
         sigma = self._sigma(t)
-        halves = any(action.kind == "guidance" for action in self.acts.actions.patterns) if self.acts.actions else False
+        paired = self.acts.actions is not None and self.acts.actions.paired
         run = self._run(x, t, text, sigma)
         texts = run.texts if self.texts else None
         # A call whose rows are at several levels computes everything, and none of it is stored.
         acts = self.acts if sigma is not None else Acts(self.acts.patterns, None)
-        run.past, frame = acts.frame(run.past, sigma or 0.0, halves and is_guided(), texts)
+        run.past, frame = acts.frame(run.past, sigma or 0.0, paired and is_guided(), texts)
         if sigma is not None:
             level = sigma
 

@@ -56,7 +56,8 @@ class CostTable:
     """share of measured time that leaving a site kind's branches out saves"""
 
     def of(self, action: Action) -> float:
-        """Cost of a call. UserError if it was not measured. A rule for several site kinds costs 1 less their shares."""
+        """Cost of a call. UserError if it was not measured. A rule for several site kinds costs 1 less their shares; of
+        one side of guidance, times the cost of a call on guidance, which has as many rows."""
         if action == FULL:
             return 1.0
         if action.kind == "output":
@@ -65,7 +66,8 @@ class CostTable:
         if key in self.time:
             return self.time[key]
         if action.kind == "sites" and all(name in self.sites for name, _ in action.sites):
-            return 1.0 - sum(self.sites[name] for name, _ in action.sites)
+            rows = self.of(Action("guidance")) if action.paired and self.guided else 1.0
+            return rows * (1.0 - sum(self.sites[name] for name, _ in action.sites))
         raise UserError(f"the cost of action {key} was not measured: measure it with cost_table(actions=...)")
 
     def price(self, plan: Actions | Iterable[Action]) -> float:
@@ -104,9 +106,10 @@ class CostTable:
 
 
 def _key(action: Action) -> str:
-    """Order 1 under order 0, and extrapolate under reuse."""
+    """Order 1 under order 0, extrapolate and mean under reuse, one side of guidance under the other."""
     sites = tuple((name, "skip" if rule == "skip" else "reuse") for name, rule in action.sites)
-    return replace(action, order=0, sites=sites).letter
+    side = "both" if action.cfg_branch == "both" else "cond"
+    return replace(action, order=0, sites=sites, cfg_branch=side).letter
 
 
 def standard_actions(unet: nn.Module, guided: bool) -> tuple[Action, ...]:
@@ -152,7 +155,7 @@ def cost_table(
             key = _key(action)
             times[key] = statistics.median(other / one for one, other in pairs)
             operations[key] = _operations(cheap) / whole
-            if action.kind == "sites" and len(action.sites) == 1:
+            if action.kind == "sites" and len(action.sites) == 1 and not action.paired:
                 sites[action.sites[0][0]] = 1.0 - times[key]
     return CostTable(
         operations, times, statistics.median(seconds or [_seconds(full, x)]), whole, tuple(shape), guided,

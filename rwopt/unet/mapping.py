@@ -26,7 +26,8 @@ def map_schedule(schedule: Schedule, unet: nn.Module, by: str = "name") -> Sched
     by: name, every site must exist there under its own name; depth, each site of the same kind on the same side (down,
     mid, up) takes the weights found at its relative depth, linearly between the schedule's sites, and a warning tells.
 
-    Raises UserError if names are absent, or if by depth no site corresponds.
+    Raises UserError if names are absent, or if by depth no site corresponds, or by depth for a schedule with actions:
+    what a U-Net's calls can do without is its own.
     """
     kind = type(unet).__name__
     origin = {"by": by, "unet_class": schedule.model.get("unet_class"), "digest": schedule.digest()}
@@ -34,6 +35,9 @@ def map_schedule(schedule: Schedule, unet: nn.Module, by: str = "name") -> Sched
         find_sites(unet, schedule.sites)
         sites, weights = list(schedule.sites), schedule.weights
     elif by == "depth":
+        if schedule.actions is not None:
+            raise UserError("a schedule with actions cannot be mapped by depth: take its weights alone, "
+                            "dataclasses.replace(schedule, actions=None)")  # fmt: skip
         sites, weights = _by_depth(schedule, unet)
         warnings.warn(
             f"a schedule of {len(schedule.sites)} sites was mapped onto {len(sites)} of this {kind} by relative depth: "
@@ -55,6 +59,7 @@ def map_schedule(schedule: Schedule, unet: nn.Module, by: str = "name") -> Sched
         extra=schedule.extra,
         cfg_branch=schedule.cfg_branch,
         steps=schedule.steps,
+        actions=schedule.actions,
     )
 
 

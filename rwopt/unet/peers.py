@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rwopt.errors import UserError
+from rwopt.errors import UserError, one_of
 from rwopt.schedule.actions import FULL, Action, Actions
 
 UNGUIDED = 1.000001
@@ -22,7 +22,8 @@ _FASTER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 
 @dataclass(frozen=True)
 class Peer:
-    """A plan of a published method. guided: of each call, () for all: a call without guidance has half the rows.
+    """A plan of a published method. guided: of each call, () for all: a call without guidance has half the rows (and so
+    has by itself a call whose action is of one side).
 
     max_gap: calls that a stored value may serve in it.
     """
@@ -72,19 +73,32 @@ def deep_cache(calls: int, interval: int, branch: int = 0) -> Peer:
     return Peer("DeepCache", tuple(cut if i % interval else FULL for i in range(calls)), max(1, interval - 1))
 
 
-def tgate(calls: int, gate: int, self_interval: int = 1, warm_up: int = 2) -> Peer:
+def tgate(
+    calls: int, gate: int, self_interval: int = 1, warm_up: int = 2, sides: str = "own", late_interval: int = 1
+) -> Peer:
     """T-GATE (Liu et al. 2024, arXiv 2404.02747): from call `gate` on cross-attention is that of call gate - 1, and
-    there is no guidance. Before it self-attention is new each `self_interval` calls from `warm_up` on.
+    there is no guidance. Before it self-attention is new each `self_interval` calls from `warm_up` on, after it in the
+    calls that `late_interval` divides.
 
-    The published rule keeps the mean over the two sides of guidance; a plan has each side's own.
+    sides: what is used of call gate - 1, each side's "own" value or the "mean" over the two sides of guidance. The
+    latter is the rule of the package tgate 1.0.0 (gate_step, sp_interval, warm_up and fi_interval there), to the bit:
+    the rows that it runs from the gate on are the unconditional ones, with SDXL's pooled text and sizes of that side.
     """
+    one_of(("own", "mean"), "sides", sides)
     if not 1 <= gate <= calls:
         raise UserError(f"gate={gate} is outside 1 .. {calls}: give the first call after the gate")
     before = [
         _reusing("self") if i > warm_up and i % self_interval and i != gate - 1 else FULL for i in range(gate)
     ]  # fmt: skip
-    actions = (*before, *[_reusing("cross")] * (calls - gate))
-    return Peer("T-GATE", actions, max(1, self_interval, calls - gate), tuple(i < gate for i in range(calls)))
+    rule, side = ("mean", "uncond") if sides == "mean" else ("reuse", "both")
+
+    def after(i: int) -> Action:
+        kinds = ("cross", "self") if i % late_interval else ("cross",)
+        return Action("sites", sites=tuple((kind, rule) for kind in kinds), cfg_branch=side)
+
+    actions = (*before, *map(after, range(gate, calls)))
+    guided = () if sides == "mean" else tuple(i < gate for i in range(calls))
+    return Peer("T-GATE", actions, max(1, self_interval, late_interval, calls - gate), guided)
 
 
 def pyramid_attention(timesteps: Sequence[float], every: Mapping[str, int], low: float, high: float) -> Peer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from helpers import pipelines, twins
-from helpers.naive import CALLS, Naive, ours, picture, sites
+from helpers.naive import CALLS, Naive, one_side, ours, picture, sites
 from torch import Tensor
 
 from rwopt.errors import UserError
@@ -20,6 +21,7 @@ from rwopt.schedule.actions import FULL, Action, Actions, by_letters
 from rwopt.unet.actions import Known, Past
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
+from rwopt.unet.peers import tgate
 from rwopt.unet.sites import list_sites
 
 SIGMAS, TIMES = zip(*CALLS, strict=True)
@@ -33,6 +35,8 @@ for _kind in (*KINDS[:5], ("self", "cross", "ff"), ("self", "cross", "ff", "resn
     _names = (_kind,) if isinstance(_kind, str) else _kind
     PLANS["+".join(_names)] = [*by_letters("FF"), *(sites(rule, *_names) for rule in ("reuse", "extrapolate", "skip")),
                                *by_letters("F"), sites("reuse", *_names)]  # fmt: skip
+for _names in (("cross", "self"), ("transformer",)):
+    PLANS["one side, " + "+".join(_names)] = one_side(*_names)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -67,7 +71,7 @@ def test_full_everywhere_is_the_plain_model_to_the_bit(twin: twins.Twin) -> None
             assert torch.equal(picture(ours(attachment, acts, twin.rest, None), x), plain)
 
 
-@pytest.mark.parametrize("name", ["FFoFaFF", "FFgFNFF", "self+cross+ff+resnet"])
+@pytest.mark.parametrize("name", ["FFoFaFF", "FFgFNFF", "self+cross+ff+resnet", "one side, cross+self"])
 def test_gradients_with_and_without_checkpointing(name: str) -> None:
     """Against finite differences of the second implementation; the U-Net's own checkpointing changes nothing."""
     twin = twins.make("sd").double()
@@ -93,7 +97,7 @@ def test_gradients_with_and_without_checkpointing(name: str) -> None:
     assert float(gradients[0] @ along) == pytest.approx(expected, rel=1e-5)
 
 
-def schedule_of(unet: Any, letters: str, sigmas: np.ndarray, **fields: Any) -> Schedule:
+def schedule_of(unet: Any, letters: str | Sequence[Action], sigmas: np.ndarray, **fields: Any) -> Schedule:
     ids = [site.id for site in list_sites(unet, ("transformer", "resnet"))]
     table = np.random.default_rng(0).uniform(0.8, 1.2, (2, len(ids)))
     return Schedule(tuple(ids), np.array([8.0, 0.2]), table, actions=Actions.along(sigmas, letters), **fields)
@@ -114,8 +118,9 @@ def convolutions(unet: Any) -> Any:
     return counts
 
 
-@pytest.mark.parametrize("letters", ["FFoFoF", "FF1FaF", "FFGFgF"])
-def test_pictures_of_a_pipeline_do_not_know_of_each_other(letters: str) -> None:
+@pytest.mark.parametrize("letters", ["FFoFoF", "FF1FaF", "FFGFgF", tgate(6, 4, sides="mean").actions],
+                         ids=lambda of: of if isinstance(of, str) else "T-GATE")  # fmt: skip
+def test_pictures_of_a_pipeline_do_not_know_of_each_other(letters: str | Sequence[Action]) -> None:
     """The second one, another batch size, an edit that starts midway, one after a run that broke off, two threads."""
     pipe, call = pipelines.text_to_image()
     call |= {"num_inference_steps": 6}
@@ -134,7 +139,7 @@ def test_pictures_of_a_pipeline_do_not_know_of_each_other(letters: str) -> None:
         counts = convolutions(pipe.unet)
         assert torch.equal(pipelines.run(pipe, call), alone)
         full = len({*counts})
-        if letters != "FFGFgF":  # rows are saved there, not modules
+        if letters in ("FFoFoF", "FF1FaF"):  # of others rows are saved, or attention
             assert len(counts) < 5 * full
         copied = copy.deepcopy(pipe)
         assert torch.equal(pipelines.run(copied, call), alone)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from helpers import pipelines, twins
-from helpers.naive import RULED, Hooked, Naive, Standin, calls_of, effective, made, ours, picture, sites
+from helpers.naive import RULED, Hooked, Naive, Standin, calls_of, effective, made, one_side, ours, picture, sites
 from helpers.samplers import close, meant, sampler, told
 from torch import Tensor
 
@@ -34,6 +34,8 @@ from rwopt.unet.sites import SITE_KINDS, list_sites
 FLAT = ("if", "kandinsky", "ddpm", "fourier", "sd2", "lcm", "pruned")
 """Those with one skip tensor a layer."""
 OTHERS = ("k", "ncsn++", "motion", "3d", "svd")
+TOLD = tuple(name for name in (*FLAT, *OTHERS) if name not in ("ddpm", "fourier", "ncsn++"))
+"""Those that are told a text, or a picture, so that there is guidance."""
 
 
 def weights_of(ids: Sequence[str]) -> Tensor:
@@ -105,6 +107,16 @@ def test_output_and_guidance_of_the_other_families(name: str) -> None:
     equal(twin, by_letters("FFohF" + ("Gg" if has_text(twin) else "")), Hooked, RULED, by_row=False)
 
 
+@pytest.mark.parametrize("name", TOLD)
+def test_one_side_of_guidance_on_every_family_that_is_told_something(name: str) -> None:
+    """Mean, own value and line, of cross- and self-attention and resnets; without cross-attention, of transformers."""
+    twin = made(name)
+    cross = any(site.kind == "cross" for site in list_sites(twin.unet, RULED))
+    kinds = ("cross", "self", "resnet") if cross else ("transformer", "resnet")
+    assert cross == (name not in ("if", "kandinsky"))
+    equal(twin, one_side(*kinds), Hooked if name in OTHERS else Naive, RULED, by_row=True)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_walks_along_skips_is_refused_there(name: str) -> None:
     twin = made(name)
@@ -120,10 +132,11 @@ def test_what_walks_along_skips_is_refused_there(name: str) -> None:
 @pytest.mark.parametrize("name", ["deepfloyd if", "kandinsky", "text to video", "unconditional"])
 def test_guidance_is_refused_where_a_pipelines_rows_are_not_known(name: str) -> None:
     pipe, _ = pipelines.TASKS[name]()
-    plan = Actions.along([3.0, 2.0, 1.0], "FFg")
-    schedule = Schedule(("mid_block.attentions.0",), np.array([9.0, 0.2]), np.ones((2, 1)), actions=plan)
-    with pytest.raises(UserError, match=r"^actions of kind guidance.*use other actions.*$"):
-        apply(pipe, schedule)
+    for last in (Action("guidance", order=1), sites("reuse", "resnet", side="cond")):
+        plan = Actions.along([3.0, 2.0, 1.0], [FULL, FULL, last])
+        schedule = Schedule(("mid_block.attentions.0",), np.array([9.0, 0.2]), np.ones((2, 1)), actions=plan)
+        with pytest.raises(UserError, match=r"^actions of kind guidance or with a cfg_branch.*use other actions.*$"):
+            apply(pipe, schedule)
 
 
 def test_branches_of_a_spatio_temporal_transformer_under_checkpointing_are_refused() -> None:
@@ -410,10 +423,11 @@ def test_another_scale_of_a_lora_between_two_pictures(name: str) -> None:
 @pytest.mark.parametrize("each", [1, 2, 3])
 def test_what_branches_store_together_is_what_they_store_alone(each: int) -> None:
     """Two branches of two pictures each; with 3 sides of guidance as InstructPix2Pix has them. Rows are [side, branch,
-    row]; a whole output has two sides, as `predict` gives it."""
+    row]; a whole output has two sides, as `predict` gives it, and what a call of one side computes has one."""
     past = {name: torch.randn(2 * 2 * sides, 3) for name, sides in
-            (("cut 1", each), ("output", min(each, 2)), ("guidance", 1))}  # fmt: skip
-    both = Past(2, 1.0, {name: (Known(1.0, 1, (value,)),) for name, value in past.items()})
+            (("cut 1", each), ("output", min(each, 2)), ("guidance", 1), ("a site", 1))}  # fmt: skip
+    both = Past(2, 1.0, {name: (Known(1.0, 1, (value,), "uncond" if name == "a site" else "both"),)
+                         for name, value in past.items()})  # fmt: skip
     apart = parted(both, 2, each)
     for name, value in past.items():
         sided = value.unflatten(0, (-1, 2, 2))

@@ -43,6 +43,7 @@ class Naive:
         self.calls, self.guided = calls, guided
         self.sites = list_sites(unet, RULED)
         self.seen: dict[str, list[tuple[float, Any]]] = {}
+        self.side = "both"
 
     def read(self, name: str, order: int, sigma: float) -> Any:
         new_at, new = self.seen[name][-1]
@@ -54,11 +55,27 @@ class Naive:
             return [b + share * (b - a) for a, b in zip(old, new, strict=True)]
         return new + share * (new - old)
 
+    def stored(self, name: str, rule: str, sigma: float) -> Tensor:
+        """What a site takes by its rule: of the rows of the call, or the mean of the sides that were computed."""
+        if rule == "mean" and self.side != "both":
+            both: Tensor = self.read(name, 0, sigma)
+            return torch.stack(both.chunk(2)).nanmean(0)
+        value: Tensor = halved(self.read(name, rule == "extrapolate", sigma), self.side)
+        return value
+
     def keep(self, name: str, sigma: float, value: Any) -> None:
+        """Rows of a side that is not computed are NaN."""
+        if self.side != "both":
+            none = torch.full_like(value, math.nan)
+            value = torch.cat([value, none] if self.side == "uncond" else [none, value])
         self.seen.setdefault(name, []).append((sigma, value))
 
     def __call__(self, i: int, x: Tensor) -> Tensor:
         action, (sigma, t) = self.plan[i], self.calls[i]
+        self.side = action.cfg_branch if self.guided else "both"
+        if self.side != "both":
+            alone = self.walk(halved(x, self.side), t, halved(self.rest, self.side), action, sigma)
+            return torch.cat([alone, alone])
         if action.kind == "output":
             kept: Tensor = self.read("output", action.order, sigma)
             return kept
@@ -90,7 +107,7 @@ class Naive:
             if rule == "skip":
                 return base
             if rule != "run":
-                return base + w * self.read(path, rule == "extrapolate", sigma)
+                return base + w * self.stored(path, rule, sigma)
             if type(module).__name__ == "Attention":
                 y = module(h, **{} if text is None else {"encoder_hidden_states": text})
             else:
@@ -160,7 +177,7 @@ class Naive:
             return shortcut / module.output_scale_factor
         branch = module(h, emb) * module.output_scale_factor - shortcut if rule == "run" else None
         if branch is None:
-            branch = self.read(name, rule == "extrapolate", sigma)
+            branch = self.stored(name, rule, sigma)
         elif fresh:
             self.keep(name, sigma, branch)
         return (shortcut + w * branch) / module.output_scale_factor
@@ -188,8 +205,8 @@ class Naive:
             rule, w, sigma, fresh = now()
             x: Tensor = args[0] if args else kwargs["hidden_states"]
             base = x / getattr(part, "rescale_output_factor", 1.0) if whole else 0.0
-            if rule in ("reuse", "extrapolate"):
-                out = base + w * self.read(name, rule == "extrapolate", sigma)
+            if rule in ("reuse", "extrapolate", "mean"):
+                out = base + w * self.stored(name, rule, sigma)
             elif rule == "skip" and whole:
                 out = base
             else:
@@ -239,11 +256,13 @@ def resized(sampler: Any, h: Tensor, emb: Tensor) -> Tensor:
     return out
 
 
-def halved(value: Any) -> Any:
-    """The second half of all rows; of frames, all of the second half of the videos."""
+def halved(value: Any, side: str = "cond") -> Any:
+    """The half of all rows that is a side's, the second of cond; of frames, all of that half of the videos."""
     if isinstance(value, Mapping):
-        return {name: halved(inner) for name, inner in value.items()}
-    return value[len(value) // 2 :] if isinstance(value, Tensor) else value
+        return {name: halved(inner, side) for name, inner in value.items()}
+    if side == "both" or not isinstance(value, Tensor):
+        return value
+    return value.chunk(2)[side == "cond"]
 
 
 def picture(call: Any, x: Tensor, calls: Sequence[Any] = CALLS, guided: bool = True, first: int = 0) -> Tensor:
@@ -277,8 +296,16 @@ def ours(
     return call
 
 
-def sites(rule: str, *names: str) -> Action:
-    return Action("sites", sites=tuple((name, rule) for name in names))
+def sites(rule: str, *names: str, side: str = "both") -> Action:
+    return Action("sites", sites=tuple((name, rule) for name in names), cfg_branch=side)
+
+
+def one_side(*kinds: str) -> list[Action]:
+    """Seven calls, some of one side of guidance: means, a value of that side alone, its mean, and lines."""
+    first, last = kinds[0], kinds[-1]
+    own = Action("sites", sites=((first, "mean"), *(((last, "reuse"),) if last != first else ())), cfg_branch="uncond")
+    return [FULL, FULL, sites("mean", first, side="uncond"), own, FULL, sites("extrapolate", *kinds, side="uncond"),
+            sites("mean", *kinds, side="cond")]  # fmt: skip
 
 
 def effective(plan: Sequence[Action], first: int) -> list[Action]:

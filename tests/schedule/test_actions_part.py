@@ -39,10 +39,41 @@ def test_a_file_gives_back_its_actions(tmp_path: Path) -> None:
         assert a.action == b.action
         assert a.max_ratio == pytest.approx(b.max_ratio, rel=1e-5)
     document = json.loads((tmp_path / "a.json").read_text())
-    assert document["version"] == VERSION == "1.3"
+    assert document["version"] == VERSION == "1.4"
     assert document["actions"]["levels"][3] == {
         "sigma": 3.0, "action": "cut", "k": 2, "order": 1, "max_ratio": pytest.approx(1.1 * 8 / 3, rel=1e-5),
     }  # fmt: skip
+
+
+ONE_SIDE = Action("sites", sites=(("cross", "mean"), ("self", "reuse")), cfg_branch="uncond")
+
+
+def test_a_file_gives_back_calls_of_one_side(tmp_path: Path) -> None:
+    made = schedule(Actions.along(SIGMAS[:3], [FULL, ONE_SIDE, Action("sites", sites=(("ff", "skip"),))]))
+    read = Schedule.load(made.save(tmp_path / "a.json"))
+    assert read == made
+    assert read.actions is not None
+    assert read.actions.text == "F[sites cross mean self reuse uncond][sites ff skip]"
+    levels = read.to_dict()["actions"]["levels"]
+    assert [level.get("cfg_branch") for level in levels] == [None, "uncond", None]  # as in files of before
+    assert levels[1]["sites"] == {"cross": "mean", "self": "reuse"}
+    assert read.actions.about == (
+        "Calls marked uncond compute the unconditional rows alone and are not guided. "
+        "There cross is the mean over both sides of an earlier, guided call."
+    )
+    assert plan().about == ""
+    assert [a.paired for a in read.actions.patterns] == [False, True, False]
+    assert ONE_SIDE.unpaired == Action("sites", sites=(("cross", "reuse"), ("self", "reuse")))
+    assert [a.unpaired for a in by_letters("Gg1")] == [FULL, FULL, Action("cut", 1)]
+
+
+def test_a_file_of_version_1_3_is_what_it_was() -> None:
+    old = json.loads((FILES / "schedule-1.3.json").read_text())
+    read = Schedule.load(FILES / "schedule-1.3.json")
+    assert read.actions is not None
+    assert read.actions.text == "FFobXN[sites up_blocks.1.attentions.0.cross skip ff reuse]F"
+    assert read.to_dict()["actions"] == old["actions"]
+    assert read.digest() == "5e72ce9d8139898a13d9591927c94f4a749dc7059080074e34a7840724eb724a"
 
 
 def test_the_digest_counts_actions_and_is_what_it_was_without(tmp_path: Path) -> None:
@@ -70,6 +101,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("levels.2.extra", 3, "actions.levels[2] has the unknown entry 'extra'"),
     ("levels.4.sites.cross", "jump", "actions.levels[4].sites.cross is 'jump': give reuse"),
     ("levels.4.sites", {"where": "reuse"}, "actions.levels[4]: sites names 'where'"),
+    ("levels.4.sites.cross", "mean", "actions.levels[4]: sites.'cross' is mean, and the call has both sides: give"),
+    ("levels.4.cfg_branch", "left", "actions.levels[4].cfg_branch is 'left': give the rows that a call of sites"),
+    ("levels.2.cfg_branch", "cond", "actions.levels[2]: cfg_branch is 'cond' of action output: give sites one of"),
     ("levels.2.sigma", 9.0, "actions.levels has sigma 9 after 8: give falling levels"),
 ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers.small import inputs, make_tiny_unet
 from torch import Tensor
 
@@ -18,13 +20,15 @@ from rwopt.sampling.course import course_by_rule
 from rwopt.sampling.denoise import condition
 from rwopt.sampling.sample import sample
 from rwopt.schedule import Schedule
-from rwopt.schedule.actions import FULL, Action, Actions, by_letters
+from rwopt.schedule.actions import FULL, Action, Actions, Level, by_letters
 from rwopt.schedule.noise import noise_table
-from rwopt.unet.actions import Acts, Known, Line, Past, axis
+from rwopt.unet.actions import Acts, Frame, Known, Line, Past, Texts, axis
 from rwopt.unet.actions_patterns import Patterns, Place
 from rwopt.unet.apply import apply
 from rwopt.unet.attachment import Attachment
+from rwopt.unet.call import Columns
 from rwopt.unet.cost import CostTable, cost_table
+from rwopt.unet.peers import tgate
 from rwopt.unet.sites import list_sites
 
 SIGMAS = (8.0, 5.0, 3.0, 2.0, 1.2, 0.6)
@@ -41,7 +45,7 @@ def test_order_1_is_exact_for_a_straight_line_in_the_root_of_sigma() -> None:
     torch.testing.assert_close(line.value(0), torch.tensor([3 * math.sqrt(3.0) + 1]))
 
 
-def acts_of(letters: str) -> Acts:
+def acts_of(letters: str | Sequence[Action]) -> Acts:
     return Acts(Patterns(make_tiny_unet(), ()), Actions.along(SIGMAS, letters))
 
 
@@ -75,6 +79,64 @@ def test_what_is_missing_or_stale_is_computed(letters: str, sigmas: tuple[float,
 def test_without_guidance_its_difference_is_no_action() -> None:
     assert kinds(acts_of("FFGFgF"), SIGMAS) == "FFGFgF"
     assert kinds(acts_of("FFGFgF"), SIGMAS, guided=False) == "FFFFFF"
+
+
+CROSS, MEAN = ("cross", "reuse"), ("cross", "mean")
+
+
+def of_side(side: str, *rules: tuple[str, str]) -> Action:
+    return Action("sites", sites=rules, cfg_branch=side)
+
+
+def test_the_mean_is_over_the_sides_and_a_side_has_its_own_rows() -> None:
+    level, rows = Level(1.0, of_side("uncond", MEAN), 9.0), torch.tensor([1.0, 2.0, 10.0, 40.0])
+    past = Past(2, 2.0, {"a": (Known(4.0, 0, (rows,)), Known(2.0, 1, (rows[:2] + 1,), "uncond"))})
+    whole = Past(1, 4.0, {"a": past.known["a"][:1]})
+
+    def value(of: Past, order: int = 0, side: str = "both", mean: bool = False) -> list[float] | None:
+        line = of.line("a", order, 1.0, level, 2, side, mean)
+        return None if line is None else line.value(0).tolist()
+
+    assert [value(whole, side=side) for side in ("uncond", "cond", "both")] == [[1, 2], [10, 40], [1, 2, 10, 40]]
+    assert value(whole, side="uncond", mean=True) == [5.5, 21]
+    assert [value(past, side="uncond", mean=mean) for mean in (False, True)] == [[2, 3]] * 2
+    assert [value(past, side=side, mean=side == "cond") for side in ("cond", "both")] == [None, None]
+    share = (axis(1.0) - axis(2.0)) / (axis(2.0) - axis(4.0))
+    assert value(past, 1, "uncond") == pytest.approx([2 + share, 3 + share])
+    assert value(past, 1, "cond") is None
+
+
+@pytest.mark.parametrize(("sigmas", "guided", "expected"), [
+    (SIGMAS, True, "FFmoFF"),
+    (SIGMAS[2:], True, "FoFF"),  # an edit that starts behind the gate: with the words, and guided
+    (SIGMAS, False, "FFxxFF"),  # all rows are of one side
+    ((8.0, 5.0, 3.0, 3.0, 2.0), True, "FFmFo"),  # the second call at a level
+])  # fmt: skip
+def test_a_call_of_one_side_that_lacks_a_value_computes_both(
+    sigmas: tuple[float, ...], guided: bool, expected: str
+) -> None:
+    mean, other = of_side("uncond", MEAN), of_side("cond", CROSS)
+    got = kinds(acts_of([FULL, FULL, mean, other, FULL, FULL]), sigmas, guided)
+    assert got.replace(mean.letter, "m").replace(other.letter, "o") == expected
+
+
+def test_what_one_side_computed_is_not_given_to_the_other() -> None:
+    """Self-attention is computed at the third call of one side's rows: those take it, the other side computes all."""
+    rules = (("self", "reuse"), MEAN)
+    plan = [FULL, FULL, of_side("uncond", MEAN), of_side("uncond", *rules), of_side("cond", *rules), FULL]
+    assert [kinds(acts_of(plan), SIGMAS).count(action.letter) for action in plan[2:5]] == [1, 1, 0]
+
+
+def test_weights_and_text_of_one_side() -> None:
+    patterns, table = Patterns(make_tiny_unet(), ()), torch.tensor([[1.0], [2.0]])
+    for side, row in (("uncond", 1.0), ("cond", 2.0)):
+        weights = Frame(patterns[of_side(side, MEAN)]).weighed(Columns(table)).table()
+        assert weights is not None
+        assert weights.tolist() == [[row]]
+    texts, text = Texts(vouched=True), torch.ones(2, 3)
+    texts.put("to_k", text, table, "cond")
+    assert texts.get("to_k", text.clone(), "cond") is table
+    assert texts.get("to_k", text, "uncond") is None
 
 
 def test_a_store_holds_no_more_than_two_values_and_nothing_at_the_end() -> None:
@@ -165,19 +227,20 @@ def restore(unet: Any, paths: list[str]) -> None:
         unet.get_submodule(path).__dict__.pop("forward", None)
 
 
-@pytest.mark.parametrize("letters", ["FFoaF", "FFgNF"])
-def test_a_search_runs_actions_in_its_loops(avatars: Model, letters: str) -> None:
+@pytest.mark.parametrize("letters", ["FFoaF", "FFgNF", tgate(5, 2, sides="mean", late_interval=2).actions],
+                         ids=lambda of: of if isinstance(of, str) else "T-GATE")  # fmt: skip
+def test_a_search_runs_actions_in_its_loops(avatars: Model, letters: str | Sequence[Action]) -> None:
     """One loop as the other: a picture alone, several candidates in one batch, and with gradient."""
     course = course_by_rule(avatars, 5)
     cond = condition(avatars, ["a face"], 3.0)
     x = torch.randn(1, *avatars.latent_shape, generator=torch.Generator().manual_seed(0))
     ids = [site.id for site in list_sites(avatars.unet)]
-    actions = Actions.along(course.sigmas, letters)
+    actions = Actions.along(course.sigmas, letters, max_gap=3)
     rows = [torch.linspace(a, 1.1, len(ids)) for a in (0.9, 1.2)]
     with Attachment(avatars.unet, ids) as attachment:
         before = avatars.calls
         alone = [sample(avatars, attachment, x, cond, course, lambda _, r=r: r, actions=actions) for r in rows]
-        assert avatars.calls - before == 2 * (5 - letters.count("o"))  # an output that is stored is no call
+        assert avatars.calls - before == 2 * (5 - actions.text.count("o") * (letters == "FFoaF"))  # stored: no call
         plain = sample(avatars, attachment, x, cond, course, lambda _: rows[0])
         assert (alone[0] - plain).abs().max() > 1e-4
         two = sample_batched(avatars, attachment, x, cond, course, [(3.0, lambda _, r=r: r) for r in rows], 8, actions)
@@ -193,6 +256,25 @@ def test_a_search_runs_actions_in_its_loops(avatars: Model, letters: str) -> Non
             gradients.append(torch.autograd.grad(end.square().sum(), w)[0])
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=1e-3)
         assert gradients[0].abs().min() > 0
+
+
+def test_a_loop_of_ones_own_makes_the_pictures_of_the_stock_pipeline_behind_the_gate(avatars: Model) -> None:
+    stock = StableDiffusionPipeline(
+        avatars.vae, avatars.text_encoder, avatars.tokenizer, avatars.unet,
+        DDIMScheduler.from_config(avatars.scheduler.config, timestep_spacing="trailing"), None, None,
+        requires_safety_checker=False,
+    )  # type: ignore[no-untyped-call] # fmt: skip
+    stock.set_progress_bar_config(disable=True)
+    course, prompts = course_by_rule(avatars, 5), ["a face", "a hat"]
+    x = torch.randn(2, *avatars.latent_shape, generator=torch.Generator().manual_seed(0))
+    actions = tgate(5, 2, sides="mean", late_interval=2).along(course.sigmas)
+    with apply(stock, Schedule.constant([s.id for s in list_sites(avatars.unet)], [1.0], actions=actions)):
+        expected = stock(prompts, num_inference_steps=5, guidance_scale=4.0, latents=x.clone(), output_type="latent")
+    with Attachment(avatars.unet, ()) as attachment:
+        cond = condition(avatars, prompts, 4.0)
+        got = sample(avatars, attachment, x, cond, course, actions=actions)
+        assert (got - sample(avatars, attachment, x, cond, course)).abs().max() > 1e-2
+    torch.testing.assert_close(got, expected.images, rtol=1e-3, atol=1e-3)
 
 
 def test_a_bare_unet_needs_no_pipeline_but_for_guidance() -> None:
@@ -219,13 +301,18 @@ def test_a_bare_unet_needs_no_pipeline_but_for_guidance() -> None:
 def test_a_cost_table_prices_plans(tmp_path: Any) -> None:
     unet = make_tiny_unet()
     x, _, text = inputs()
-    letters = [*by_letters("14GNx"), Action("sites", sites=(("ff", "reuse"),))]
+    alone = of_side("uncond", MEAN)
+    letters = [*by_letters("14GNx"), Action("sites", sites=(("ff", "reuse"),)), alone]
     table = cost_table(unet, x.shape, {"encoder_hidden_states": text}, actions=letters, rounds=3)
     assert CostTable.from_json(table.to_json()) == table
     assert 0 < table.operations["1"] < table.operations["4"] < 1
     assert table.operations["G"] == pytest.approx(0.5)
     assert table.price(by_letters("FFoh")) == 2
     assert table.price(by_letters("Fa1")) == pytest.approx(1 + 2 * table.time["1"])
+    assert table.operations[of_side("cond", CROSS).letter] == pytest.approx(table.operations["x"] / 2)
+    assert table.of(alone) == table.of(of_side("cond", CROSS)) == table.time[of_side("cond", CROSS).letter]
+    pair = (1 - table.sites["cross"] - table.sites["ff"]) * table.time["G"]
+    assert table.of(of_side("cond", MEAN, ("ff", "reuse"))) == pytest.approx(pair)
     both = Action("sites", sites=(("cross", "extrapolate"), ("ff", "reuse")))
     assert table.of(both) == pytest.approx(1 - table.sites["cross"] - table.sites["ff"])
     with pytest.raises(UserError, match="not measured"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers.twins import make
 
 from rwopt.errors import UserError
 from rwopt.schedule import Schedule
+from rwopt.schedule.actions import Actions
 from rwopt.unet.apply import apply
 from rwopt.unet.mapping import map_schedule
 from rwopt.unet.sites import list_sites
@@ -66,3 +68,11 @@ def test_what_does_not_correspond_is_refused() -> None:
         map_schedule(branches, twin.unet, by="depth")
     with pytest.raises(UserError, match="'luck' is unknown"):
         map_schedule(branches, twin.unet, by="luck")
+
+
+def test_actions_are_carried_by_name_and_refused_by_depth() -> None:
+    still, video = make("sd"), make("motion")
+    schedule = replace(ramp(still.unet), actions=Actions.along((9.0, 4.0, 0.2), "FhF"))
+    assert map_schedule(schedule, video.unet).actions == schedule.actions
+    with pytest.raises(UserError, match=r"actions cannot be mapped by depth: .*actions=None"):
+        map_schedule(schedule, video.unet, by="depth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ from rwopt.schedule import Schedule
 from rwopt.schedule.actions import FULL, Action, Actions
 from rwopt.unet import peers
 from rwopt.unet.apply import apply
+from rwopt.unet.cost import CostTable
 from rwopt.unet.sites import list_sites
 
 STEPS = 8
 
 
-def pipeline() -> tuple[Any, dict[str, Any]]:
-    pipe, call = pipelines.TASKS["text to image"]()
+def pipeline(name: str = "text to image") -> tuple[Any, dict[str, Any]]:
+    pipe, call = pipelines.TASKS[name]()
+    call.pop("denoising_end", None)
     pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")
     return pipe, {**call, "num_inference_steps": STEPS}
 
@@ -78,10 +81,32 @@ def test_pyramid_attention_makes_the_pictures_of_diffusers_hook() -> None:
     assert torch.equal(planned(pipe, call, peer), theirs)
 
 
+@pytest.mark.parametrize(("name", "loader"), [("text to image", "TgateSDLoader"), ("sdxl base", "TgateSDXLLoader")])
+def test_tgate_makes_the_pictures_of_tgate(name: str, loader: str) -> None:
+    """Two pictures at once; with self-attention as it is, and reused before the gate and behind it."""
+    tgate = pytest.importorskip("tgate", reason="pip install --no-deps tgate==1.0.0")
+    pipe, call = pipeline(name)
+    call |= {"num_images_per_prompt": 2}
+    plain = picture(pipe, call)
+    for every, late, warm_up in ((1, 1, 2), (2, 1, 1), (3, 3, 0)):
+        other, _ = pipeline(name)  # its forwards and caches stay on the U-Net
+        getattr(tgate, loader)(other)
+        dials = {"gate_step": 5, "sp_interval": every, "fi_interval": late, "warm_up": warm_up}
+        theirs = other.tgate(**call, **dials, generator=torch.Generator().manual_seed(0)).images
+        assert not torch.equal(theirs, plain)
+        peer = peers.tgate(STEPS, 5, every, warm_up, "mean", late)
+        assert torch.equal(planned(pipe, call, peer), theirs)
+        assert not torch.equal(planned(pipe, call, peers.tgate(STEPS, 5, every, warm_up, "own", late)), theirs)
+    with_words = tuple(replace(a, cfg_branch="cond") if a.cfg_branch != "both" else a for a in peer.actions)
+    alike = torch.equal(planned(pipe, call, replace(peer, actions=with_words)), theirs)
+    assert alike == (name == "text to image")  # SDXL's embedding of the other prompt, see `peers.tgate`
+
+
 SIGMAS = [14.6, 8.0, 5.0, 3.0, 2.0, 1.2, 0.7, 0.4, 0.2, 0.05]
 CHANGES = {"self": [[9.0, 9.0]] + [[0.1, 0.3]] * 9, "ff": [[9.0, 9.0]] + [[0.5, 0.9]] * 9}
 EVERY = (
     peers.fewer_steps(10), peers.deep_cache(10, 3, 1), peers.tgate(10, 4, 2), peers.faster_diffusion(10),
+    peers.tgate(10, 4, 2, 2, "mean", 3),
     peers.pyramid_attention(range(999, 0, -100), {"self": 2, "cross": 4}, 100, 800), peers.hurry(10, 4),
     peers.eliminated(10, ["ff"], 6, 9), peers.extrapolated(10, 3), peers.guidance_interval(SIGMAS, 0.3, 4.0),
     peers.adaptive_guidance(10, 6), peers.guidance_reuse(10, 2), peers.smooth_cache(CHANGES, 0.2),
@@ -144,6 +169,14 @@ def test_tgate_stores_self_attention_before_its_gate_and_freezes_cross_attention
     kinds = ["".join(kind[0] for kind, _ in action.sites) or "-" for action in peer.actions]
     assert "".join(kinds) == "--s-s-cccc"  # stored at 0, 1, 3 and, both, at 5
     assert peer.guided == (True,) * 6 + (False,) * 4
+    late = peers.tgate(10, 6, 3, 1, late_interval=4)
+    assert late.actions[:6] == peer.actions[:6]
+    assert ["self" in dict(action.sites) for action in late.actions[6:]] == [True, True, False, True]
+    mean = peers.tgate(10, 6, 3, 1, "mean")
+    assert mean.actions == (*peer.actions[:6], *[Action("sites", sites=(("cross", "mean"),), cfg_branch="uncond")] * 4)
+    assert mean.scales(4.0) == ()  # however it is guided, the one side comes out
+    with pytest.raises(UserError, match=r"sides=middle: did you mean"):
+        peers.tgate(10, 6, sides="middle")
     with pytest.raises(UserError, match=r"gate=11 is outside 1 \.\. 10"):
         peers.tgate(10, 11)
 
@@ -175,5 +208,9 @@ def test_a_call_without_guidance_costs_half_the_rows() -> None:
     peer = peers.tgate(4, 2)
     cost = {FULL: 1.0, Action("sites", sites=(("cross", "reuse"),)): 0.9}
     assert peer.price(cost.__getitem__, 0.6) == pytest.approx(1 + 1 + 2 * 0.9 * 0.6)
+    table = CostTable({}, {"G": 0.6}, 1.0, 1.0, (2, 4, 8, 8), True, "cpu", "float32", 1, {"cross": 0.1})
+    by_itself = peers.tgate(4, 2, sides="mean")
+    assert by_itself.price(table.of, 0.1) == pytest.approx(1 + 1 + 2 * 0.9 * 0.6)
+    assert by_itself.price(replace(table, guided=False).of, 0.1) == pytest.approx(1 + 1 + 2 * 0.9)
     assert peer.scales(4.0) == (4.0, 4.0, peers.UNGUIDED, peers.UNGUIDED)
     assert Actions.along([3.0, 2.0, 1.0, 0.5], peer.actions, peer.max_gap).patterns == (FULL, peer.actions[2])
