@@ -39,6 +39,7 @@ class Ascent(L.LightningModule):
     high: Tensor
     count: Tensor
     calls: Tensor
+    mean: Tensor
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Ascent(L.LightningModule):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))  # updates so far
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))  # U-Net calls x pictures so far
+        self.register_buffer("mean", torch.tensor(start, dtype=torch.float64))  # of theta, what is scored
 
     def slices(self, update: int) -> list[slice]:
         """The pictures of one update, in micro-batches: every pass over the cases has its own order."""
@@ -111,6 +113,8 @@ class Ascent(L.LightningModule):
         with torch.no_grad():
             self.theta.copy_(self.theta.clamp(self.low, self.high))
         self.count += 1
+        kept = o.average * (1 - o.average ** (int(self.count) - 1)) / (1 - o.average ** int(self.count))
+        self.mean = kept * self.mean + (1 - kept) * self.theta.detach().double()  # the start has no share in it
         self.calls += int(price)
         self.log_dict({"update": float(self.count), "reward": reward / pictures, "norm": norm if finite else 0.0,
                        "calls": float(self.calls)})  # fmt: skip
@@ -162,6 +166,6 @@ def ascend(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """theta [d] float64, count and calls of a checkpoint."""
+    """Mean of theta [d] float64, count and calls of a checkpoint."""
     state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]  # our own file
-    return {"theta": state["theta"].double().numpy(), "count": int(state["count"]), "calls": int(state["calls"])}
+    return {"theta": state["mean"].numpy(), "count": int(state["count"]), "calls": int(state["calls"])}
