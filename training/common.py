@@ -96,10 +96,10 @@ def fit(
     return module
 
 
-def publish(save: Callable[[Path], None], name: str) -> Path:
-    """Write one component of the embedded model whole or not at all."""
-    target = MODEL / name
-    temporary = MODEL / f".{name}.tmp"
+def publish(save: Callable[[Path], None], name: str, model: Path = MODEL) -> Path:
+    """Write one component of an embedded model whole or not at all."""
+    target = model / name
+    temporary = model / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
