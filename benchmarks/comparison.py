@@ -4,7 +4,8 @@
 the learned search (and a learned control, up to three times); dials, probes and fixed schedules are shared, as nothing
 in them is random but the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on.
 Every number goes to `benchmarks/results/<name>.json`, and the tables between the markers of `docs/results.md` (few
-calls: `docs/few-steps.md`) and README.md are made from that file. `docs/<name>.png` shows the first seed.
+calls: `docs/few-steps.md`) and README.md are made from that file. `docs/<name>.png` shows the first seed. `--model`:
+another embedded model, whose name is added to all these, and to the markers, where a page has them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sharing import ROOT, add_model, choice, flag, suffix
 
 from rwopt import config
 from rwopt.cli.screen import quiet
+from rwopt.embedded import DEFAULT
 from rwopt.files import write_text
 from rwopt.progress import Bar
 from rwopt.results import Paired
@@ -31,7 +34,6 @@ from rwopt.search.publish import picture_grid
 from rwopt.search.search import Search
 from rwopt.search.verdict import report_metrics, verdict
 
-ROOT = Path(__file__).resolve().parent
 QUICK = [
     "task.train=6", "task.validation=8", "task.test=14", "task.steps=2", "tuner.trials=3", "tuner.dial_trials=1",
     "tuner.control_trials=1", "tuner.sampler=random", "gradient.updates=1", "gradient.batch=4", "analytic.rounds=1",
@@ -51,9 +53,11 @@ NOTES = {name: spec.note for name, spec in ARMS.items()} | {
 
 
 def run(
-    recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: bool, only: Sequence[str] = ()
-) -> dict[str, Any]:
+    recipe: str, seeds: int, overrides: Sequence[str], folder: Path, quick: bool, only: Sequence[str] = (),
+    model: str = DEFAULT,
+) -> dict[str, Any]:  # fmt: skip
     """All arms (or `only` some, and the learned one), scored on the test cases: the content of the result file."""
+    overrides = [*choice(model), *overrides]
     if only:
         overrides = [*overrides, f"arms=[{','.join([*(name for name in only if name in ARMS), LEARNED])}]"]
     settings = config.load(recipe, [*overrides, "track.wandb=off"])
@@ -83,7 +87,7 @@ def run(
         scores = {name: [search.tuner.test(arm, metrics) for arm in group] for name, group in arms.items()}
         if not quick:
             first = {name: group[0] for name, group in arms.items()}
-            picture_grid(search.experiment, first, ROOT.parent / "docs" / f"{recipe}.png")
+            picture_grid(search.experiment, first, ROOT.parent / "docs" / f"{recipe}{suffix(model)}.png")
     pairs = [("learned", other) for other in arms if other != "learned"]
     more = [("constant", "best guidance"), ("constant", "analytic"), ("best guidance", "plain")]
     pairs += [(a, b) for a, b in more if a in arms and b in arms]
@@ -95,7 +99,7 @@ def run(
     return {
         "name": recipe,
         "command": f"python benchmarks/{recipe.replace('-', '_')}.py" + (" --quick" if quick else f" --seeds {seeds}")
-        + "".join(f" --arm '{name}'" for name in only),
+        + flag(model) + "".join(f" --arm '{name}'" for name in only),
         "quick": quick,
         "settings": asdict(settings),
         "versions": versions(),
@@ -174,7 +178,7 @@ def markdown(result: dict[str, Any], shown: Sequence[str] = ()) -> str:
 
 
 def into(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a page."""
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a page; without these it stays as it is."""
     old = path.read_text()
     between = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     new = re.sub(between, lambda m: m[1] + text + "\n" + m[2], old, flags=re.DOTALL)
@@ -197,20 +201,22 @@ def main(recipe: str) -> None:
     parser.add_argument("--table", action="store_true", help="only make the table again from the result file")
     parser.add_argument("--arm", action="append", default=[], help="only this arm beside the learned one; repeatable")
     parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-<recipe>)")
+    add_model(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     quiet()
-    name = f"{recipe}-quick" if args.quick else recipe
+    place = recipe + suffix(args.model)
+    name = f"{place}-quick" if args.quick else place
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
     overrides = [*((*QUICK, *SMALLER.get(recipe, ())) if args.quick else FULL), *args.overrides]
     file = ROOT / "results" / f"{name}.json"
     if args.table:
         result = json.loads(file.read_text())
     else:
-        result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick, args.arm)
+        result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick, args.arm, args.model)
         write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:
-        into(ROOT.parent / "docs" / PAGES.get(recipe, "results.md"), recipe, markdown(result))
+        into(ROOT.parent / "docs" / PAGES.get(recipe, "results.md"), place, markdown(result))
         if recipe == "editing":
-            into(ROOT.parent / "README.md", "short", short(result))
+            into(ROOT.parent / "README.md", f"short{suffix(args.model)}", short(result))

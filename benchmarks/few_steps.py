@@ -4,7 +4,8 @@
 that nobody has (`--work`, then once more without it for the tables). Finished parts are kept in the run folder, so a
 killed benchmark goes on. Everything is held against the teacher, the plain model's picture from the same noise in 50
 calls of DPM++ 2M, on test cases that no search has seen. Results: `benchmarks/results/few_steps.json`; tables between
-the markers of `docs/few-steps.md` and README.md; `docs/few-steps.png`, `docs/few-steps-curve.png`.
+the markers of `docs/few-steps.md` and README.md; `docs/few-steps.png`, `docs/few-steps-curve.png`. `--model`: another
+embedded model, whose name is added to all these, and to the markers, where a page has them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 from comparison import into
 from few_steps_tables import FEATURES, carry_markdown, curve, markdown, short
-from sharing import ROOT, command_line, unless_taken
+from sharing import ROOT, choice, command_line, flag, suffix, unless_taken
 
 from rwopt import config
+from rwopt.embedded import DEFAULT
 from rwopt.files import write_text
 from rwopt.progress import Silent
 from rwopt.sampling.course import course_by_rule
@@ -79,13 +81,14 @@ SMALL = ["task.train=8", "task.validation=8", "task.test=8", "tuner.trials=2", "
 class Bench:
     """All runs of the benchmark in one folder."""
 
-    def __init__(self, folder: Path, quick: bool, seeds: int) -> None:
-        self.folder, self.quick, self.seeds = folder, quick, seeds
+    def __init__(self, folder: Path, quick: bool, seeds: int, model: str = DEFAULT) -> None:
+        self.folder, self.quick, self.seeds, self.model = folder, quick, seeds, model
         self.plan: dict[str, dict[int, Part]] = QUICK if quick else PLAN
         self.counts = (1, 2, 3, 4) if quick else PLAIN_CALLS
 
     def search(self, sampler: str, calls: int, features: bool = False) -> Search:
-        words = [*(SMALL if self.quick else FULL), f"task.steps={calls}", f"task.sampler={sampler}", "track.wandb=off"]
+        words = [*choice(self.model), *(SMALL if self.quick else FULL), f"task.steps={calls}",
+                 f"task.sampler={sampler}", "track.wandb=off"]  # fmt: skip
         name = f"{sampler}-{calls}"
         if calls >= MANY and not self.quick:
             words.append(f"gradient.rate={SLOW}")
@@ -182,7 +185,8 @@ def run(bench: Bench) -> dict[str, Any]:
     assert settings is not None
     return {
         "name": "few_steps",
-        "command": "python benchmarks/few_steps.py" + (" --quick" if bench.quick else f" --seeds {bench.seeds}"),
+        "command": "python benchmarks/few_steps.py" + (" --quick" if bench.quick else f" --seeds {bench.seeds}")
+        + flag(bench.model),
         "quick": bench.quick,
         "settings": asdict(settings),
         "versions": versions(),
@@ -213,7 +217,6 @@ def teacher_row(bench: Bench) -> dict[str, Any]:
     path = bench.folder / "teacher.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
-    from rwopt.objectives import make_objective
     from rwopt.objectives.pixel import psnr
 
     search = bench.search("dpmpp_2m", 3 if not bench.quick else 2)
@@ -221,7 +224,8 @@ def teacher_row(bench: Bench) -> dict[str, Any]:
     task, base = splits.task("test"), search.experiment.base
     assert task.teacher is not None
     batch = task.describe(task.teacher)
-    out = {name: float(make_objective(name)(batch).mean()) for name in ("judge.accuracy", "judge.realism")}
+    objectives = search.experiment.objectives
+    out = {name: float(objectives[name](batch).mean()) for name in ("judge.accuracy", "judge.realism")}
     few = splits.prepare(splits.cases("test")[:32])
     far = model.decode(teacher_latents(few, base, course_by_rule(model, 200 if not bench.quick else 20, "dpmpp_2m")))
     for sampler in ("dpmpp_2m", "ddim"):
@@ -244,8 +248,11 @@ def carried(bench: Bench) -> list[dict[str, Any]]:
     def psnr(search: Search, schedule: Schedule | None) -> float:
         return search.experiment.value("test", search.experiment.base, schedule)
 
-    def small(sampler: str, calls: int, guidance: float = 4.0) -> Search:
-        words = [*(SMALL if bench.quick else FULL), f"task.steps={calls}", f"task.sampler={sampler}", "track.wandb=off",
+    base = source.experiment.base.guidance
+
+    def small(sampler: str, calls: int, guidance: float = base) -> Search:
+        words = [*choice(bench.model), *(SMALL if bench.quick else FULL), f"task.steps={calls}",
+                 f"task.sampler={sampler}", "track.wandb=off",
                  f"dials.guidance={guidance}", "task.test=8" if bench.quick else "task.test=48"]  # fmt: skip
         name = f"carry-{sampler}-{calls}-{guidance:g}"
         return Search(config.load(RECIPE, words), bench.folder / name, Silent(), bench.folder / "teacher")
@@ -275,7 +282,7 @@ def carried(bench: Bench) -> list[dict[str, Any]]:
             steps = replace(schedule.steps, sampler=other)
             add(f"learned with ddim, used with {other}", small(other, calls), replace(schedule, steps=steps))
     for guidance in (2.0, 7.0):
-        scales = tuple(max(1.01, g * guidance / 4.0) for g in learned.steps.guidance)
+        scales = tuple(max(1.01, g * guidance / base) for g in learned.steps.guidance)
         steps = replace(learned.steps, guidance=scales)
         add(f"guidance {guidance:g}", small(sampler, calls, guidance), replace(learned, steps=steps))
     write_text(path, json.dumps(out))
@@ -307,8 +314,8 @@ def grid(bench: Bench, path: Path, rows: int = 5) -> None:
 
 def main() -> None:
     quick = "some minutes: few cases and updates, own file"
-    args = command_line("few_steps", __doc__, quick, 5, "at most so many of each arm")
-    bench = Bench(args.folder, args.quick, args.seeds)
+    args = command_line("few_steps", __doc__, quick, 5, "at most so many of each arm", models=True)
+    bench = Bench(args.folder, args.quick, args.seeds, args.model)
     if args.work:
         bench.work()
         return
@@ -316,13 +323,13 @@ def main() -> None:
     write_text(args.file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), carry_markdown(result), short(result), sep="\n\n")
     if not args.quick:
-        docs = ROOT.parent / "docs"
-        into(docs / "few-steps.md", "few_steps", markdown(result))
-        into(docs / "few-steps.md", "carry", carry_markdown(result))
-        into(ROOT.parent / "README.md", "few-steps", short(result))
-        curve(result, docs / "few-steps-curve.png")
+        docs, end = ROOT.parent / "docs", suffix(args.model)
+        into(docs / "few-steps.md", f"few_steps{end}", markdown(result))
+        into(docs / "few-steps.md", f"carry{end}", carry_markdown(result))
+        into(ROOT.parent / "README.md", f"few-steps{end}", short(result))
+        curve(result, docs / f"few-steps-curve{end}.png")
         if not args.table:
-            grid(bench, docs / "few-steps.png")
+            grid(bench, docs / f"few-steps{end}.png")
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ def carry_markdown(result: dict[str, Any]) -> str:
     lines = ["| use | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for row in result["carry"]:
         lines.append(f"| {row['use']} | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
-    cases = 8 if result["quick"] else 48
-    about = f"dB to the teacher of that use, {cases} test cases, one file learned at 3 calls of DPM++ 2M, guidance 4."
-    return "\n".join([*lines, "", f"{about} `{result['command']}`"])
+    cases, base = 8 if result["quick"] else 48, result["settings"]["dials"]["guidance"]
+    about = f"dB to the teacher of that use, {cases} test cases, one file learned at 3 calls of DPM++ 2M, guidance"
+    return "\n".join([*lines, "", f"{about} {base:g}. `{result['command']}`"])
 
 
 def short(result: dict[str, Any]) -> str:

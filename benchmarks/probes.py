@@ -9,7 +9,8 @@ movement of the raw output. `exact` is the oracle on other pictures: how far the
 
 Writes `benchmarks/results/probes.json`: rows (probe, model, noise_level, rho, low, high, calls), noise_level null for
 the mean over steps; `default`, the probe that wins on the worse of the two models among those that cost at most N (1
-+ S) calls.
++ S) calls. `--model`: another embedded model, whose name is added to the file, the run folder, and the marker in the
+docs, if they have it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import ROOT, into, publish
+from comparison import into, publish
+from sharing import ROOT, add_model, flag, suffix
 
 from rwopt.cli.screen import quiet
 from rwopt.models import Model, load_model
+from rwopt.objectives import Objectives
 from rwopt.objectives.composite import Composite
 from rwopt.probes import Importance, make_probe
 from rwopt.probes.shapley import every_subset, exact_shapley, skip_loss
@@ -99,16 +102,17 @@ def second_model(base: Model, folder: Path, steps: int) -> Model:
     if path.exists():
         unet.load_state_dict(load_file(path))
     else:
-        fit(model, steps)
+        fit(model, base.name, steps)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(unet.state_dict(), path)
     unet.requires_grad_(False).eval().to(base.device)
     return model
 
 
-def fit(model: Model, steps: int, batch: int = 32) -> None:
-    """Brief training on the train cases' true pictures: enough that sites differ, not enough for good pictures."""
-    cases = [c for c in load_cases("avatars", "train", "editing") if c.truth is not None]
+def fit(model: Model, name: str, steps: int, batch: int = 32) -> None:
+    """Brief training on the true pictures of an embedded model's train cases: enough that sites differ, not enough for
+    good pictures."""
+    cases = [c for c in load_cases(name, "train", "editing") if c.truth is not None]
     pictures = to_tensor([c.truth for c in cases])
     assert pictures is not None
     latents, text = model.latents(pictures), model.encode([c.caption for c in cases])
@@ -130,10 +134,11 @@ def fit(model: Model, steps: int, batch: int = 32) -> None:
     print(f"second model: loss {float(loss):.3f} after {steps} steps")
 
 
-def inputs(task: Task, rows: slice, attachment: Attachment) -> Inputs:
-    """Start noise, condition and course of some cases, and their reward."""
+def inputs(task: Task, rows: slice, attachment: Attachment, judged: str) -> Inputs:
+    """Start noise, condition and course of some cases, and their reward by the scorer of the model `judged`."""
     x, cond, course = task.inputs(attachment, DIALS, rows)
-    return x, cond, course, task_reward(task, Composite({"scorer.alignment": 1.0, "scorer.realism": 1.0}), rows)
+    reward = Composite({"scorer.alignment": 1.0, "scorer.realism": 1.0}, Objectives(model=judged))
+    return x, cond, course, task_reward(task, reward, rows)
 
 
 @torch.no_grad()
@@ -174,15 +179,15 @@ def exact(model: Model, ids: list[str], given: Inputs, trajectory: str) -> Impor
 def rows_of(model: Model, args: argparse.Namespace, probes: dict[str, Any]) -> list[dict[str, Any]]:
     """All probes on one model."""
     seen = args.pictures * args.repeats
-    cases = load_cases("avatars", "train", "generation", 5 * seen + args.judges)
+    cases = load_cases(args.model, "train", "generation", 5 * seen + args.judges)
     task = make_task("generation", model, cases, args.steps, batch=len(cases), plain=DIALS)
     ids = [s.id for s in list_sites(model.unet)][: args.sites]
     with Attachment(model.unet, ids) as attachment:
         first = seen + args.judges
         narrow = [*range(0, seen + 1, args.pictures), first]
         wide = range(first, first + 4 * seen + 1, 4 * args.pictures)
-        *few, judged = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(narrow)]
-        many = [inputs(task, slice(*pair), attachment) for pair in itertools.pairwise(wide)]
+        *few, judged = [inputs(task, slice(*pair), attachment, args.model) for pair in itertools.pairwise(narrow)]
+        many = [inputs(task, slice(*pair), attachment, args.model) for pair in itertools.pairwise(wide)]
         truth = {t: oracle(model, attachment, judged, t) for t in {p[2] for p in probes.values()}}
     sigmas = course_by_rule(model, args.steps).sigmas
     out = []
@@ -273,28 +278,30 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1500, help="training steps of the second model")
     parser.add_argument("--only", nargs="+", choices=ALL, help="some; their rows in the result file are replaced")
     parser.add_argument("--table", action="store_true", help="only make the docs' tables from the result file")
-    parser.add_argument("--folder", type=Path, default=ROOT.parent / "lightning_logs" / "bench-probes")
+    parser.add_argument("--folder", type=Path, help="run folder (default lightning_logs/bench-probes)")
+    add_model(parser)
     args = parser.parse_args()
+    place = f"probes{suffix(args.model)}"
+    folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{place}"
     if args.table:
-        result = json.loads((ROOT / "results" / "probes.json").read_text())
-        into(ROOT.parent / "docs" / "probes.md", "probes", markdown(result))
+        result = json.loads((ROOT / "results" / f"{place}.json").read_text())
+        into(ROOT.parent / "docs" / "probes.md", place, markdown(result))
         return
     probes = {name: ALL[name] for name in args.only or ALL}
     if args.quick:
         args.repeats, args.pictures, args.judges, args.steps, args.train, args.sites = 2, 2, 2, 2, 3, 5
         probes = {k: (p, {**o, "rounds": 1, "epochs": 2} if p == "voting" else o, j) for k, (p, o, j) in PROBES.items()}
     quiet()
-    base = load_model(dtype="float32")
-    models = [base, second_model(base, args.folder, args.train)]
+    base = load_model(args.model, dtype="float32")
+    models = [base, second_model(base, folder, args.train)]
     rows = [row for model in models for row in rows_of(model, args, probes)]
-    name = "probes-quick" if args.quick else "probes"
-    file = ROOT / "results" / f"{name}.json"
+    file = ROOT / "results" / f"{place}{'-quick' * args.quick}.json"
     if args.only:
         others = ALL.keys() - set(args.only)
         rows = [row for row in json.loads(file.read_text())["rows"] if row["probe"] in others] + rows
     sites = {m.name: min(args.sites, len(list_sites(m.unet))) for m in models}
     result = {
-        "name": "probes", "command": "python benchmarks/probes.py" + (" --quick" if args.quick else ""),
+        "name": place, "command": "python benchmarks/probes.py" + " --quick" * args.quick + flag(args.model),
         "quick": args.quick, "steps": args.steps, "pictures": args.pictures, "repeats": args.repeats,
         "judges": args.judges, "sites": sites,
         "second_model": f"UNet2DConditionModel (64, 96, 128), {args.train} training steps of 32 pictures",

@@ -1,4 +1,4 @@
-"""What long benchmarks have in common: their arguments, and work that several processes may share."""
+"""What long benchmarks have in common: their arguments, the model they are about, and work that processes may share."""
 
 from __future__ import annotations
 
@@ -7,17 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rwopt.cli.screen import quiet
+from rwopt.embedded import DEFAULT, EMBEDDED
 from rwopt.errors import UserError
 from rwopt.files import locked
 
 ROOT = Path(__file__).resolve().parent
 
 
-def command_line(name: str, doc: str | None, quick: str, seeds: int, about_seeds: str) -> argparse.Namespace:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    about = f"embedded model (default {DEFAULT}); another one has its own run folder, result file and tables"
+    parser.add_argument("--model", choices=list(EMBEDDED), default=DEFAULT, help=about)
+
+
+def suffix(model: str) -> str:
+    """What the names of everything that belongs to a model end in: nothing for the default, as -emoji for others."""
+    return "" if model == DEFAULT else f"-{model}"
+
+
+def choice(model: str) -> list[str]:
+    """The override that chooses a model and its cases in a recipe; recipes have the default by themselves."""
+    return [] if model == DEFAULT else [f"model={model}"]
+
+
+def flag(model: str) -> str:
+    """The same on a benchmark's command line."""
+    return "" if model == DEFAULT else f" --model {model}"
+
+
+def command_line(
+    name: str, doc: str | None, quick: str, seeds: int, about_seeds: str, models: bool = False
+) -> argparse.Namespace:
     """Read the command line of the benchmark `name`; no library says anything from then on.
 
-    quick, seeds, about_seeds: help and default of --quick and --seeds. Besides what may be typed the namespace has
-    `name`, which ends in -quick for such a run, `folder`, and `file`, where the result belongs.
+    quick, seeds, about_seeds: help and default of --quick and --seeds; models: whether it takes --model. Besides what
+    may be typed the namespace has `name`, which ends in the model's suffix and in -quick for such a run, `folder`, and
+    `file`, where the result belongs.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
@@ -25,9 +49,11 @@ def command_line(name: str, doc: str | None, quick: str, seeds: int, about_seeds
     parser.add_argument("--work", action="store_true", help="only run what is missing, beside other processes")
     parser.add_argument("--table", action="store_true", help="only make the tables again from the result file")
     parser.add_argument("--folder", type=Path, help=f"run folder (default lightning_logs/bench-{name})")
+    if models:
+        add_model(parser)
     args = parser.parse_args()
     quiet()
-    args.name = f"{name}-quick" if args.quick else name
+    args.name = name + (suffix(args.model) if models else "") + "-quick" * args.quick
     args.folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{args.name}"
     args.file = ROOT / "results" / f"{args.name}.json"
     return args

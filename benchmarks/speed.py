@@ -6,7 +6,8 @@ the plain model's picture from the same noise in 50 calls of DPM++ 2M; second co
 which papers compare with. 256 test cases that no search has seen. Finished arms are kept in the run folder, so that a
 killed benchmark goes on; two processes may share the budgets (`--work`, then once more without it for the tables).
 Results: `benchmarks/results/speed.json`; tables between the markers of `docs/speed.md`; `docs/speed.png`,
-`docs/speed-curve.png`.
+`docs/speed-curve.png`. `--model`: another embedded model, whose name is added to all these, and to the markers, where
+the page has them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import into
-from sharing import ROOT, command_line, unless_taken
+from sharing import ROOT, choice, command_line, flag, suffix, unless_taken
 from speed_peers import Evolved, Prices, candidates, evolve, nearest, prices, schedule
 from speed_tables import DIALS, FEW, LEARNED, PLAN, SOLVER, curve, markdown, stage_table
 from turns import Clock, Turn, in_turns, unlike
 
 from rwopt import config
+from rwopt.embedded import DEFAULT
 from rwopt.files import write_text
 from rwopt.objectives.pixel import psnr
 from rwopt.progress import Silent
@@ -58,8 +60,8 @@ SMALL = ["task.train=8", "task.validation=6", "task.test=8", "task.steps=6", "tu
 class Bench:
     """All runs in one folder."""
 
-    def __init__(self, folder: Path, quick: bool, seeds: int) -> None:
-        self.folder, self.quick, self.seeds = folder, quick, seeds
+    def __init__(self, folder: Path, quick: bool, seeds: int, model: str = DEFAULT) -> None:
+        self.folder, self.quick, self.seeds, self.model = folder, quick, seeds, model
         self.budgets = (0.5,) if quick else BUDGETS
         self._searches: dict[str, Search] = {}
         self._plain: Search | None = None
@@ -74,7 +76,7 @@ class Bench:
     def _search(self, recipe: str, name: str, words: list[str]) -> Search:
         if name not in self._searches:
             own = [w for w in SMALL if recipe == "speed" or not w.startswith("speed.")] if self.quick else FULL
-            settings = config.load(recipe, [*own, *words, "track.wandb=off"])
+            settings = config.load(recipe, [*choice(self.model), *own, *words, "track.wandb=off"])
             self._searches[name] = Search(settings, self.folder / name, Silent(), self.folder / "teacher")
         return self._searches[name]
 
@@ -284,7 +286,8 @@ def run(bench: Bench) -> dict[str, Any]:
         searches.append(stages(bench, budget, groups))
     return {
         "name": "speed",
-        "command": "python benchmarks/speed.py" + (" --quick" if bench.quick else f" --seeds {bench.seeds}"),
+        "command": "python benchmarks/speed.py" + (" --quick" if bench.quick else f" --seeds {bench.seeds}")
+        + flag(bench.model),
         "quick": bench.quick,
         "settings": asdict(bench.search(bench.budgets[0]).settings),
         "versions": versions(),
@@ -362,8 +365,8 @@ def grid(bench: Bench, path: Path, rows: int = 5) -> None:
 
 def main() -> None:
     quick = "minutes: one budget, few cases and updates, own file"
-    args = command_line("speed", __doc__, quick, 5, "of plan and weights")
-    bench = Bench(args.folder, args.quick, args.seeds)
+    args = command_line("speed", __doc__, quick, 5, "of plan and weights", models=True)
+    bench = Bench(args.folder, args.quick, args.seeds, args.model)
     if args.work:
         bench.work()
         return
@@ -371,12 +374,12 @@ def main() -> None:
     write_text(args.file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), stage_table(result), sep="\n\n")
     if not args.quick:
-        docs = ROOT.parent / "docs"
-        into(docs / "speed.md", "speed", markdown(result))
-        into(docs / "speed.md", "stages", stage_table(result))
-        curve(result, docs / "speed-curve.png")
+        docs, end = ROOT.parent / "docs", suffix(args.model)
+        into(docs / "speed.md", f"speed{end}", markdown(result))
+        into(docs / "speed.md", f"stages{end}", stage_table(result))
+        curve(result, docs / f"speed-curve{end}.png")
         if not args.table:
-            grid(bench, docs / "speed.png")
+            grid(bench, docs / f"speed{end}.png")
 
 
 if __name__ == "__main__":

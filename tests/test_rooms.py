@@ -20,7 +20,7 @@ FLOORS = [
     {"models"},
     {"unet"},
     {"schedule"},
-    {"progress", "results"},
+    {"embedded", "progress", "results"},
     {"files"},
     {"errors"},
 ]

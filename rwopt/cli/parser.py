@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from rwopt import __version__
+from rwopt.embedded import DEFAULT, EMBEDDED
 from rwopt.sampling.grids import GRIDS
 from rwopt.schedule.samplers import SAMPLERS
+
+MODELS = f"{' or '.join(EMBEDDED)} (embedded), a diffusers folder or a hub id"
 
 EPILOG = """examples:
   rwopt search recipe=few-steps                    3 calls that look like 50: learn a schedule, compare, report
@@ -69,9 +72,9 @@ def parser() -> Parser:
 
     for name, help in (("sample", "make pictures from captions"), ("edit", "edit a picture towards a caption")):
         one = verb(name, f"{help}, with and without a schedule, side by side")
-        one.add_argument("--caption", help="target caption (the embedded model knows the words of data/README.md)")
+        one.add_argument("--caption", help="target caption (embedded models know the words of data/README.md)")
         one.add_argument("--schedule", type=Path, help="schedule file; without it the plain model alone")
-        one.add_argument("--model", default="avatars", help="avatars (embedded), a diffusers folder or a hub id")
+        one.add_argument("--model", default=DEFAULT, help=f"{MODELS} (default {DEFAULT})")
         one.add_argument("--steps", type=int, help="U-Net calls (default: the schedule's own, else 20)")
         one.add_argument("--sampler", choices=list(SAMPLERS), help="default: the schedule's own, else ddim")
         one.add_argument("--grid", help=f"{', '.join(GRIDS)}, or sigmas as 14.6,2.9,0.3 (default trailing)")
@@ -81,7 +84,7 @@ def parser() -> Parser:
         if name == "edit":
             one.add_argument("--image", type=Path, help="source picture; or name a case with --split and --case")
             one.add_argument("--split", default="test", choices=["train", "validation", "test"], help="default test")
-            one.add_argument("--case", type=int, default=0, help="number of the embedded case (default 0)")
+            one.add_argument("--case", type=int, default=0, help="number of the embedded model's case (default 0)")
             one.add_argument("--strength", type=float, help="0 .. 1 (default: the schedule's own, else 0.7)")
 
     show = verb("show", "print a schedule file: sites, noise levels, weights, where it comes from")
@@ -101,11 +104,11 @@ def parser() -> Parser:
     change.add_argument("settings", nargs="*", metavar="key=value", help="scale=0.5, clamp=[0.5,2], out=FILE.json, ...")
 
     sites = verb("sites", "list where weights can act on a model, with the names that other tools use")
-    sites.add_argument("model", help="avatars, a diffusers folder or a hub id; only its configuration is read")
+    sites.add_argument("model", help=f"{MODELS}; only its configuration is read")
 
     about = "measure where the time of a U-Net call goes on this machine, and what each action saves"
     price = verb("cost", about, "what it prints, and how a search uses it: docs/speed.md")
-    price.add_argument("model", help="avatars, a diffusers folder or a hub id; its configuration is read, no weights")
+    price.add_argument("model", help=f"{MODELS}; its configuration is read, no weights")
     about = "height and width of pictures in pixels, one number for both (default: the model's own)"
     price.add_argument("--size", type=int, nargs="+", metavar="N", help=about)
     price.add_argument("--batch", type=int, default=1, metavar="N", help="pictures in a call (default 1)")

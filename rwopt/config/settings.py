@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from rwopt.embedded import DEFAULT
 from rwopt.errors import at_least_one, check, one_of
 from rwopt.probes import PROBES
 from rwopt.sampling.grids import GRIDS, levels_of_text
@@ -29,8 +30,8 @@ def check_grid(key: str, grid: str) -> None:
 
 @dataclass
 class ModelSettings:
-    """name: "avatars" (embedded), a diffusers folder, a hub id, or a single .safetensors file; number formats of U-Net
-    and VAE; device.
+    """name: an embedded model ("avatars"), a diffusers folder, a hub id, or a single .safetensors file; number formats
+    of U-Net and VAE; device.
 
     revision, variant: of the hub; config: folder or hub id that says what a single file is, where there is no hub; vae:
     another one; loras: {folder, file or id: scale}; embeddings: textual inversions; negative: the negative prompt.
@@ -38,7 +39,7 @@ class ModelSettings:
     memory and more time (auto: on a GPU whose free memory is short).
     """
 
-    name: str = "avatars"
+    name: str = DEFAULT
     dtype: str = "auto"
     vae_dtype: str = "auto"
     device: str = "auto"
@@ -83,7 +84,7 @@ class TaskSettings:
 
     name: str = "editing"
     method: str = "sdedit"
-    cases: str = "avatars"
+    cases: str = DEFAULT
     instruction: str = ""
     fit: str = "crop"
     size: list[int] | None = None

@@ -1,9 +1,9 @@
 """Diffusion models: loading one (`load_model`), what a search needs of it (`Model`), its memory and number formats.
 
-`load_model("avatars")` gives the embedded model (64 x 64 avatars, see `training/`).
+`load_model("avatars")` gives an embedded model (those of `rwopt.embedded`; how they were made: `training/`).
 """
 
-from rwopt.models.loading import EMBEDDED, load_model
+from rwopt.models.loading import load_model
 from rwopt.models.model import Model
 
-__all__ = ["EMBEDDED", "Model", "load_model"]
+__all__ = ["Model", "load_model"]

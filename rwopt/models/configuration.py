@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwopt.embedded import place_of
 from rwopt.errors import UserError
-from rwopt.models import EMBEDDED
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def unet_config(name: str | Path) -> dict[str, Any]:
 def _part(name: str | Path, part: str) -> dict[str, Any] | None:
     """`config.json` of a part of a diffusers folder or hub id; None if it has no such part. Of a U-Net's own folder the
     U-Net is the one part."""
-    place = Path(EMBEDDED if str(name) == "avatars" else name)
+    place = Path(place_of(str(name)))
     for path in (place / part / "config.json", *([place / "config.json"] if part == "unet" else [])):
         if path.is_file():
             return _read(path)

@@ -1,7 +1,7 @@
-"""The judges of the embedded model: one small network with attribute heads, an identity embedding and a realism score.
+"""The judges of a model: one small network with attribute heads, an identity embedding and a realism score.
 
-Two are shipped: `scorer` (what a search optimises) and `judge` (held out: other seed, width and training pictures).
-Made by `training/train_judges.py`; weights are safetensors beside a `config.json` that names the attributes.
+Each embedded model has two in its folder, beside `unet/`: `scorer` (what a search optimises) and `judge` (held out:
+other seed, width and training pictures). Weights are safetensors beside a `config.json` that names the attributes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwopt.errors import UserError
-from rwopt.models import EMBEDDED
+from rwopt.embedded import DEFAULT, EMBEDDED, place_of
+from rwopt.errors import UserError, check
+
+NETWORKS = ("scorer", "judge")
 
 
 @dataclass
@@ -36,13 +38,25 @@ class Verdict:
         """Probability [N] that `attribute` has the value of index `value` [N]."""
         return self.logits[attribute].softmax(-1).gather(1, value[:, None])[:, 0]
 
+    def among(self, attribute: str, value: Tensor, k: int = 1) -> Tensor:
+        """Whether that value is one of the `k` likeliest, bool [N]: fewer than `k` others are likelier."""
+        logits = self.logits[attribute]
+        return (logits > logits.gather(1, value[:, None])).sum(1) < k
+
 
 class Judge(nn.Module):
-    """Strided residual CNN for 64 x 64 pictures in [0, 1]; `attributes` maps a name to its values."""
+    """Strided residual CNN for square pictures in [0, 1]; `attributes` maps a name to its values.
 
-    def __init__(self, attributes: dict[str, list[str]], width: int = 24, embedding: int = 64) -> None:
+    width: of its first layer, a multiple of 8; embedding: of the identity; size: side of the pictures that it sees, in
+    pixels, a multiple of 16. Raises `UserError` for another size.
+    """
+
+    def __init__(
+        self, attributes: dict[str, list[str]], width: int = 24, embedding: int = 64, size: int = 64
+    ) -> None:
         super().__init__()
-        self.attributes, self.width = {k: list(v) for k, v in attributes.items()}, width
+        check(size > 0 and size % 16 == 0, "judge: size", size, "give a multiple of 16")
+        self.attributes, self.width, self.size = {k: list(v) for k, v in attributes.items()}, width, size
         channels = (width, 2 * width, 3 * width, 4 * width)
         self.stem = nn.Conv2d(3, width, 5, stride=2, padding=2)
         self.down = nn.ModuleList(
@@ -52,9 +66,9 @@ class Judge(nn.Module):
         self.same = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(8, b), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1)) for b in channels[1:]
         )
-        size = 16 * channels[-1]  # 64 / 2 / 2 / 2 / 2 = 4 x 4 places
+        places = (size // 16) ** 2  # the stem and three `down` halve it four times
         self.neck = nn.Sequential(
-            nn.GroupNorm(8, channels[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(size, 256), nn.SiLU()
+            nn.GroupNorm(8, channels[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(places * channels[-1], 256), nn.SiLU()
         )
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in self.attributes.items()})
         self.identity, self.real = nn.Linear(256, embedding), nn.Linear(256, 1)
@@ -62,9 +76,10 @@ class Judge(nn.Module):
         self.register_buffer("temperature", torch.ones(len(self.attributes)))
 
     def forward(self, images: Tensor) -> Verdict:
-        """`images` [N, 3, H, W] in [0, 1]; other sizes are resized to 64 x 64."""
-        if images.shape[-2:] != (64, 64):
-            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True, align_corners=False)
+        """`images` [N, 3, H, W] in [0, 1]; those of another size are resized to the judge's own."""
+        own = (self.size, self.size)
+        if images.shape[-2:] != own:
+            images = F.interpolate(images, own, mode="bilinear", antialias=True, align_corners=False)
         h = self.stem(images * 2 - 1)
         for down, same in zip(self.down, self.same, strict=True):
             h = down(h)
@@ -88,17 +103,30 @@ class Judge(nn.Module):
 
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
-        config = {"attributes": self.attributes, "width": self.width, "embedding": self.identity.out_features}
+        config = {
+            "attributes": self.attributes, "width": self.width, "embedding": self.identity.out_features,
+            "size": self.size,
+        }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
-    def load(cls, name: str = "scorer") -> Judge:
-        """`scorer`, `judge`, or a folder that `save` wrote; frozen, float32."""
+    def load(cls, network: str | Path = "scorer", model: str = DEFAULT) -> Judge:
+        """Frozen, float32: `scorer` or `judge` of a model (the name of an embedded one, or a folder that has them), or,
+        whatever the model, of a folder that `save` wrote. Raises `UserError` where there is none."""
         from safetensors.torch import load_file
 
-        folder = EMBEDDED / name if name in ("scorer", "judge") else Path(name)
-        if not (folder / "config.json").exists():
-            raise UserError(f"judge {name} is not a folder with config.json: use scorer, judge, or such a folder")
+        folder = judge_folder(str(network), model)
         judge = cls(**json.loads((folder / "config.json").read_text()))
         judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         return judge.requires_grad_(False).eval()
+
+
+def judge_folder(network: str, model: str) -> Path:
+    """Where the weights of a network lie. Arguments and errors as those of `Judge.load`."""
+    folder = Path(place_of(model)) / network if network in NETWORKS else Path(network)
+    if not (folder / "config.json").exists():
+        if network in NETWORKS:
+            own = ", ".join(EMBEDDED)
+            raise UserError(f"model {model} has no {network}: use {own}, or a folder with scorer/ and judge/")
+        raise UserError(f"judge {network} is not a folder with config.json: use scorer, judge, or such a folder")
+    return folder

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rwopt.embedded import DEFAULT, EMBEDDED, place_of
 from rwopt.errors import UserError, check, one_of
 from rwopt.models.addons import add_embeddings, add_loras, other_vae
 from rwopt.models.channels import check_channels
@@ -24,8 +25,6 @@ from rwopt.models.quiet import quiet
 from rwopt.models.single_file import SD, XL, is_file_name, kind_of_file, open_file, without_extras
 from rwopt.models.text import encoders_of
 from rwopt.models.variants import only_variant
-
-EMBEDDED = Path(__file__).parent / "avatars"
 
 _KINDS = {
     SD: SD,
@@ -43,7 +42,7 @@ _ONLY = "search, sample and edit take Stable Diffusion 1.x, 2.x, XL and what was
 
 
 def load_model(
-    name: str = "avatars",
+    name: str = DEFAULT,
     device: str = "auto",
     dtype: str = "auto",
     vae_dtype: str = "auto",
@@ -62,8 +61,9 @@ def load_model(
 ) -> Model:
     """Load a frozen model.
 
-    name: "avatars" (embedded), a diffusers folder, a hub id, or a single .safetensors file in the layout that A1111 and
-    ComfyUI read. dtype: the U-Net's: "float32", "bfloat16", "float16", "auto" (bfloat16 where the processor has it).
+    name: an embedded model ("avatars"), a diffusers folder, a hub id, or a single .safetensors file in the
+    layout that A1111 and ComfyUI read. dtype: the U-Net's: "float32", "bfloat16", "float16", "auto" (bfloat16 where the
+    processor has it).
     vae_dtype: the same for the VAE, or "auto": float32 on a CPU, beside a float32 U-Net and for a small decoder (it
     needs little memory); else the U-Net's, unless the VAE's configuration says `force_upcast` (SDXL's overflows in
     float16): bfloat16 there, or float32 on a GPU that has none.
@@ -120,8 +120,8 @@ def load_model(
 
 def suit(unet: Any, name: str, device: str) -> None:
     """Choose what computes attention in a model's U-Net."""
-    if name == "avatars" and device == "cpu":
-        # few heads and 64 tokens: the plain processor beats flash attention here, two- to threefold in backward
+    if name in EMBEDDED and device == "cpu":
+        # few heads and tokens (64, 144): the plain processor beats flash attention here, up to threefold in backward
         from diffusers.models.attention_processor import AttnProcessor
 
         unet.set_attn_processor(AttnProcessor())
@@ -129,13 +129,13 @@ def suit(unet: Any, name: str, device: str) -> None:
 
 def _opened(name: str, unet: torch.dtype, revision: str, variant: str, config: str, vae: str, method: str) -> Any:
     """The pipeline of a folder, hub id or file."""
-    place = str(EMBEDDED) if name == "avatars" else str(Path(name).expanduser()) if name.startswith("~") else name
+    place = str(Path(name).expanduser()) if name.startswith("~") else place_of(name)
     if is_file_name(place):
         kind, network = kind_of_file(name, place)
         check_channels(name, network["in_channels"], network["latent_channels"], method)
         with _told(name, "give model.config, a diffusers folder or hub id of the same architecture"):
             return open_file(place, kind, config, other_vae(vae, config))
-    with _told(name, "give a diffusers folder, a .safetensors file or 'avatars'"):
+    with _told(name, f"give a diffusers folder, a .safetensors file or {' or '.join(map(repr, EMBEDDED))}"):
         kind = _kind_of(name, place, revision, method)
         return _open(place, kind, unet, revision, variant, other_vae(vae, place))
 

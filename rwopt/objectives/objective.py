@@ -77,7 +77,8 @@ class ObjectiveSpec:
     a `SetObjective`; licence: of the code or the weights, whichever asks for more; weights: where they come from, a hub
     id or a file name, "" for none; sha256: of the weights' file, if it is known; size: of the weights in bytes; extra:
     what `pip install rwopt[extra]` it needs, "" for none; about: what it is, in a few words; pictures: whether it looks
-    at the pictures at all, or at latents alone; version: changes where the same pictures get other scores.
+    at the pictures at all, or at latents alone; judges: the model whose judges it asks, "" if it asks none, else it has
+    an option of that name; version: changes where the same pictures get other scores.
     """
 
     name: str
@@ -93,6 +94,7 @@ class ObjectiveSpec:
     sha256: str | None = None
     size: int = 0
     extra: str = ""
+    judges: str = ""
     version: str = "1"
 
     def __post_init__(self) -> None:

@@ -17,11 +17,13 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from rwopt.embedded import DEFAULT
 from rwopt.errors import UserError
 from rwopt.objectives import own
+from rwopt.objectives.judges import judges_of
 from rwopt.objectives.objective import INVALID, AnyObjective, Objective, ObjectiveSpec, SetObjective, check_options
 
-FAMILIES = ("avatar", "pixel", "teacher", "image_reward", "clip", "hps", "dino", "lpips", "vlm", "quality", "structure",
+FAMILIES = ("judges", "pixel", "teacher", "image_reward", "clip", "hps", "dino", "lpips", "vlm", "quality", "structure",
             "masked", "effnet", "faces", "sets")  # fmt: skip
 """Modules of this room."""
 
@@ -108,17 +110,27 @@ def missing(name: str, **options: Any) -> str:
 
 
 class Objectives:
-    """Objectives with a recipe's options, each made at its first use and kept. invalid: of `settle`."""
+    """Objectives with a recipe's options, each made at its first use and kept.
 
-    def __init__(self, options: Mapping[str, Mapping[str, Any]] | None = None, invalid: str = INVALID[0]) -> None:
-        self.options, self.invalid = dict(options or {}), invalid
+    invalid: of `settle`; model: what draws the pictures, whose judges are asked (`rwopt.objectives.judges.judges_of`).
+    """
+
+    def __init__(
+        self, options: Mapping[str, Mapping[str, Any]] | None = None, invalid: str = INVALID[0], model: str = DEFAULT
+    ) -> None:
+        self.options, self.invalid, self.judges = dict(options or {}), invalid, judges_of(model)
         self._made: dict[str, Objective] = {}
 
     def __getitem__(self, name: str) -> Objective:
         """As `make_objective`."""
         if name not in self._made:
-            self._made[name] = make_objective(name, **self.options.get(name, {}))
+            self._made[name] = make_objective(name, **self.given(name))
         return self._made[name]
+
+    def given(self, name: str) -> dict[str, Any]:
+        """The options of one objective, the model's judges among them if it asks any."""
+        own = dict(self.options.get(name, {}))
+        return {"judges": self.judges, **own} if objective_spec(name).judges else own
 
     def spec(self, name: str) -> ObjectiveSpec:
         """What an objective declares; of one that is made already, what it is with its options."""

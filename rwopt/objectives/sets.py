@@ -11,15 +11,17 @@ unbiased estimator (Gretton et al. 2012, equation 3; it is around 0 for sets of 
   k(x, y) = exp(-|x - y|^2 / 200). The paper's own estimator counts each picture as its own neighbour, which adds about
   1/n of noise to a distance; this one does not. Its numbers are the paper's only with CLIP's features, see below.
 
-Features: the option `features` is "effnet" (EfficientNet-lite0, pooled), "judge" (the embedded model's held-out judge)
-or a function of pictures [n, 3, H, W] that gives [n, D]; numbers of different features do not compare. `sd` is the
-jackknife's, over pictures of both sides; `p` is the share of 1000 random exchanges of pictures between the sides that
-give at least this distance. Below 256 pictures a side, what tells them apart must be plain to be told.
+Features: the option `features` is "effnet" (EfficientNet-lite0, pooled), "judge" (the held-out judge of the model that
+the option `judges` names) or a function of pictures [n, 3, H, W] that gives [n, D]; numbers of different features do
+not compare. `sd` is the jackknife's, over pictures of both sides; `p` is the share of 1000 random exchanges of pictures
+between the sides that give at least this distance. Below 256 pictures a side, what tells them apart must be plain to be
+told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rwopt.embedded import DEFAULT
 from rwopt.errors import UserError, one_of
 from rwopt.objectives import effnet
-from rwopt.objectives.avatar import panel
+from rwopt.objectives.judges import panel
 from rwopt.objectives.objective import ObjectiveSpec, SetObjective, SetScore, check_options
 
 Features = Callable[[Tensor], Tensor]
@@ -38,7 +41,7 @@ LEAST, USABLE = 64, 256
 EXCHANGES = 1000
 
 _SPECS = {
-    name: ObjectiveSpec(name, False, False, (-np.inf, np.inf), about=about, level="set")
+    name: ObjectiveSpec(name, False, False, (-np.inf, np.inf), about=about, level="set", judges=DEFAULT)
     for name, about in {
         "set.kid": "kernel distance of two sets of pictures (polynomial kernel)",
         "set.cmmd": "kernel distance of two sets of pictures (Gaussian kernel), times 1000",
@@ -56,19 +59,21 @@ def missing(name: str, **given: Any) -> str:
 
 
 def make(name: str, **given: Any) -> SetObjective:
-    """The objective. Options: features ("effnet", "judge" or a function); seed of the random exchanges (0).
+    """The objective. Options: features ("effnet", "judge" or a function); judges: the model whose "judge" that is
+    ("avatars"); seed of the random exchanges (0).
 
     Raises `UserError` for others, and where the network's packages are missing.
     """
-    check_options(name, given, ("features", "seed"))
-    features, seed = given.get("features", FEATURES[0]), given.get("seed", 0)
+    check_options(name, given, ("features", "judges", "seed"))
+    features, seed, judges = given.get("features", FEATURES[0]), given.get("seed", 0), given.get("judges", DEFAULT)
     if not callable(features):
         one_of(FEATURES, f"objective {name}: features", str(features))
         lacking = missing(name, **given)
         if lacking:
             raise UserError(lacking)
-        features = {"effnet": _effnet, "judge": _judge}[features]
-    return KernelDistance(_SPECS[name], features, {"set.kid": cubic, "set.cmmd": gaussian}[name], seed)
+        features = _effnet if features == "effnet" else _judged(judges)
+    spec, kernel = replace(_SPECS[name], judges=judges), {"set.kid": cubic, "set.cmmd": gaussian}[name]
+    return KernelDistance(spec, features, kernel, seed)
 
 
 def tiny(name: str) -> dict[str, Any]:
@@ -169,5 +174,6 @@ def _effnet(images: Tensor) -> Tensor:
     return effnet.network()(images).pooled
 
 
-def _judge(images: Tensor) -> Tensor:
-    return panel("judge").verdict(images).features
+def _judged(model: str) -> Features:
+    judges = panel("judge", model)
+    return lambda images: judges.verdict(images).features

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rwopt.config import Settings
+from rwopt.embedded import DEFAULT
 from rwopt.errors import UserError, one_of
 from rwopt.models import load_model
 from rwopt.report import Report, image_grid
@@ -87,7 +88,7 @@ def pictures(
     cases: Sequence[Case],
     out: Path,
     schedule: Schedule | None = None,
-    model: str = "avatars",
+    model: str = DEFAULT,
     steps: int | None = None,
     guidance: float | None = None,
     strength: float | None = None,

@@ -63,7 +63,7 @@ def score(
     Pictures without a score leave the mean, or count as the worst, as `objectives` say. A picture that is not finite is
     no picture: its scores are infinitely bad, so that a candidate that makes one has no finite mean.
     """
-    objectives = objectives or Objectives()
+    objectives = objectives or Objectives(model=task.model.name)
     broken = ~batch.images.isfinite().flatten(1).all(1)
     if bool(broken.any()):
         batch = replace(batch, images=batch.images.nan_to_num(0.0, 1.0, 0.0))

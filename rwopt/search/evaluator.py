@@ -36,7 +36,7 @@ class Evaluator:
         self, settings: TunerSettings, splits: Splits, objective: Composite, objectives: Objectives | None = None
     ) -> None:
         self.settings, self.splits, self.objective = settings, splits, objective
-        self.objectives = objectives or Objectives()
+        self.objectives = objectives or Objectives(model=splits.model.name)
         self.guard = Guard(settings.guard, splits, self.objectives, splits.base)
         self.limits, self.slack, self.prune = dict(settings.limits), settings.slack, settings.prune
         self.names = list(settings.objectives) or [OBJECTIVE]

@@ -42,7 +42,7 @@ class Experiment:
         if settings.task.kind == "instruct":
             self.base = replace(self.base, image_guidance=settings.dials.image_guidance)
         wanted, tuner = settings.objective, settings.tuner
-        self.objectives = Objectives(wanted.options, wanted.invalid)
+        self.objectives = Objectives(wanted.options, wanted.invalid, model.name)
         objective = Composite(wanted.terms, self.objectives, wanted.combine)
         self._composites = {OBJECTIVE: objective}
         # the held-out twin takes the scorer's terms alone: others (source.ssim) have no second opinion

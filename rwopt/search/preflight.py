@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from rwopt.config import Settings
 from rwopt.errors import UserError
 from rwopt.models.memory import most_memory
 from rwopt.objectives import make_set, objective_spec
+from rwopt.objectives.judges import panel
 from rwopt.objectives.weights import in_bytes
 from rwopt.sampling.backprop import GradientPath, keeps_activations
 from rwopt.sampling.denoise import Condition, predict
@@ -70,22 +72,30 @@ def rewards(experiment: Experiment) -> tuple[list[str], list[str]]:
     """Lines that name every objective in use with its licence, its weights and their size, those of the same weights in
     one; and lines of what is missing: networks and packages, and what the cases do not give. Loads the networks."""
     options, groups = experiment.objectives.options, dict[str, list[str]]()
-    specs = dict(experiment.specs) | {name: objective_spec(name) for name in experiment.settings.objective.sets}
+    missing = experiment.objectives.missing(experiment.specs)
+    specs = {name: experiment.objectives.spec(name) for name in experiment.specs}  # of those made: with their options
+    specs |= {name: objective_spec(name) for name in experiment.settings.objective.sets}
     for name, spec in specs.items():
         given = ", ".join(f"{key}={value}" for key, value in options.get(name, {}).items())
         about = [spec.licence, f"{spec.weights}, {in_bytes(spec.size)}" if spec.weights else "no weights"]
         groups.setdefault("; ".join([*about, *([given] if given else [])]), []).append(name)
-    missing = experiment.objectives.missing(experiment.specs)
     lines = [f"rewards: {', '.join(names)}: {about}" for about, names in groups.items()]
     test = experiment.settings.task.test * experiment.settings.task.draws
     for name in experiment.settings.objective.sets:
         try:
-            least = make_set(name, **options.get(name, {})).least
+            least = make_set(name, **experiment.objectives.given(name)).least
             if test < least:
                 missing[name] = f"objective.sets: {name} says nothing of {test} test pictures: give task.test={least}"
         except UserError as error:
             missing[name] = str(error)
     lacking = [line for split in SPLITS for line in experiment.splits.lacking(split)]
+    asked = {spec.judges for spec in specs.values() if spec.judges and "target" in spec.needs}
+    for model, split in product(sorted(asked), SPLITS) if not lacking else ():
+        try:
+            panel("judge", model).wanted([case.target for case in experiment.splits.cases(split)])
+        except UserError as error:
+            what = f"task.cases={experiment.settings.task.cases} ({split}) are not for the judges of {model}"
+            lacking.append(f"{what}: {error}")
     return lines, [*missing.values(), *dict.fromkeys(lacking)]
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from rwopt.config import TaskSettings
+from rwopt.embedded import DEFAULT
 from rwopt.errors import UserError
 from rwopt.models import Model
 from rwopt.objectives import objective_spec
 from rwopt.sampling.course import course_by_rule
+from rwopt.search.identity import weights_digest
 from rwopt.tasks import Dials, Task, make_task
 from rwopt.tasks.cases import Case, digest, load_cases
 from rwopt.tasks.teacher import teach
@@ -75,7 +77,10 @@ class Splits:
     def _key(self, task: Task) -> str:
         """Of a task's teacher: what it depends on."""
         wanted = self.settings
+        about: tuple[object, ...]
         about = wanted.teacher, self.base, wanted.method, task.name, task.seed, task.draws, digest(task.cases)
+        if self.model.name != DEFAULT:  # whose teachers were kept before there was another embedded model
+            about += (weights_digest(self.model),)
         return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
     def _teach(self, task: Task) -> None:

@@ -77,7 +77,7 @@ class ArmTuner:
         real = next(x for x in (batch.truth, batch.teacher, batch.reference) if x is not None)
         out = {}
         for name in names:
-            objective = make_set(name, **self.settings.objective.options.get(name, {}))
+            objective = make_set(name, **self.experiment.objectives.given(name))
             objective.update(real, real=True)
             objective.update(batch.images, real=False)
             out[name] = dict(objective.compute().to_dict())

@@ -130,10 +130,10 @@ def digest(cases: Sequence[Case]) -> str:
 
 
 def _cell(sheet: np.ndarray, cell: int, where: str, name: str) -> np.ndarray:
-    """A picture [64, 64, 3] of a sheet that has 16 a row."""
-    y, x = divmod(cell, 16)
-    picture = sheet[y * 64 : y * 64 + 64, x * 64 : x * 64 + 64]
-    if cell < 0 or picture.shape != (64, 64, 3):
+    """A picture [side, side, 3] of a sheet that has 16 a row, of the side that they have then, 64 or more."""
+    (y, x), side = divmod(cell, 16), max(64, sheet.shape[1] // 16)
+    picture = sheet[y * side : (y + 1) * side, x * side : (x + 1) * side]
+    if cell < 0 or picture.shape != (side, side, 3):
         raise UserError(f"{where} lies outside the sheet of {name} pictures")
     return picture
 

@@ -16,15 +16,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rwopt.embedded import EMBEDDED
 from rwopt.errors import UserError
 from rwopt.files import package_folder
 from rwopt.tasks.pictures import READABLE, UNREADABLE
 
 SPLITS = ("train", "validation", "test")
-SHIPPED = ("avatars", "prompts")
-"""Sets of cases that come with the package."""
+SHIPPED = (*EMBEDDED, "prompts")
+"""Sets of cases that come with the package: those of the embedded models, and prompts for others."""
 
-WANTED = "'avatars', 'prompts', a .txt, .csv or .jsonl file, a folder with train.jsonl or pictures, or PIE-Bench"
+WANTED = (
+    f"{', '.join(map(repr, SHIPPED))}, a .txt, .csv or .jsonl file, a folder with train.jsonl or pictures, or PIE-Bench"
+)
 
 MASK = ".mask"
 """How the name of a mask ends, before .png."""

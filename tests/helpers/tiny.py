@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwopt.models import EMBEDDED
+from rwopt.embedded import EMBEDDED
 from rwopt.search.arms import Arm
 
 TRIALS, DIAL_TRIALS, CONTROL_TRIALS = 3, 2, 1
@@ -29,28 +29,30 @@ STUDIES = {"guidance": TRIALS + 3 * DIAL_TRIALS, "analytic": TRIALS + 2 * DIAL_T
 """Scored trials that a finished search leaves in each study."""
 
 
-def save_tiny_pipeline(folder: Path) -> Path:
-    """A seeded random pipeline for 64 x 64 pictures in the diffusers layout; tokenizer and scheduler are embedded."""
+def save_tiny_pipeline(folder: Path, side: int = 64, channels: int = 4) -> Path:
+    """A seeded random pipeline in the diffusers layout for pictures of `side` x `side` pixels and latents of so many
+    channels; tokenizer and scheduler are embedded ones."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["avatars"] / "tokenizer")
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
+        sample_size=side // 8, in_channels=channels, out_channels=channels, layers_per_block=1,
+        block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 4, sample_size=64, mid_block_add_attention=False,
+        up_block_types=("UpDecoderBlock2D",) * 4, sample_size=side, mid_block_add_attention=False,
+        latent_channels=channels,
     )  # fmt: skip
     text = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
     ))  # fmt: skip
-    scheduler = DDIMScheduler.from_pretrained(EMBEDDED / "scheduler")
+    scheduler = DDIMScheduler.from_pretrained(EMBEDDED["avatars"] / "scheduler")
     StableDiffusionPipeline(
         vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     ).save_pretrained(folder)

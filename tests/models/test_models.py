@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from helpers.embedded import models
 from helpers.tiny import save_tiny_pipeline
+from torch.nn import functional
 
+from rwopt.embedded import EMBEDDED
 from rwopt.errors import UserError
-from rwopt.models import EMBEDDED, Model, load_model
-from rwopt.models.judge import Judge
+from rwopt.models import Model, load_model
+from rwopt.models.judge import Judge, Verdict
 from rwopt.schedule.noise import noise_block, noise_table
 from rwopt.tasks import Dials, make_task
 from rwopt.tasks.cases import Case
@@ -98,17 +101,19 @@ def test_bfloat16_is_close_to_float32(avatars: Model) -> None:
     assert float((rounded - exact).norm() / exact.norm()) < 0.05
 
 
-def test_stock_diffusers_loads_and_samples_the_embedded_model_with_no_argument(avatars: Model) -> None:
+@pytest.mark.parametrize("name", models())
+def test_stock_diffusers_loads_and_samples_an_embedded_model_with_no_argument(name: str) -> None:
     """Stored in half precision; the text encoder's configuration says float32, since transformers 5 goes by it."""
-    pipe = DiffusionPipeline.from_pretrained(EMBEDDED)
+    pipe = DiffusionPipeline.from_pretrained(EMBEDDED[name])
+    model = load_model(name, "cpu", "float32")
     generator = torch.Generator().manual_seed(0)
     picture = pipe("a portrait", num_inference_steps=4, generator=generator, output_type="np").images[0]
-    assert picture.shape == (64, 64, 3)
+    assert picture.shape == (*model.picture_size, 3) == (*[{"avatars": 64, "emoji": 96}[name]] * 2, 3)
     assert picture.std() > 0.05
     assert pipe.text_encoder.dtype == pipe.unet.dtype == pipe.vae.dtype == torch.float32
     with torch.no_grad():
         text, _ = pipe.encode_prompt(PROMPTS, torch.device("cpu"), 1, False)
-    torch.testing.assert_close(text, avatars.encode(PROMPTS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text, model.encode(PROMPTS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "latents"), [([8, 12], (8, 12)), (None, (8, 8)), (8, (8, 8))])
@@ -138,8 +143,9 @@ def test_the_end_of_a_prompt_that_does_nothing(avatars: Model) -> None:
 
 
 @pytest.mark.parametrize("name", ["scorer", "judge"])
-def test_verdict(name: str) -> None:
-    judge = Judge.load(name)
+@pytest.mark.parametrize("model", models())
+def test_verdict(model: str, name: str) -> None:
+    judge = Judge.load(name, model)
     assert not any(p.requires_grad for p in judge.parameters())
     pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     verdict = judge(pictures)
@@ -149,12 +155,13 @@ def test_verdict(name: str) -> None:
         assert verdict.logits[attribute].shape == (3, len(values))
         shares = [verdict.probability(attribute, judge.indices(attribute, [v] * 3)) for v in values]
         torch.testing.assert_close(torch.stack(shares).sum(0), torch.ones(3))
-    larger = judge(pictures.repeat_interleave(2, -1).repeat_interleave(2, -2))  # any size is judged at 64 x 64
+    larger = judge(pictures.repeat_interleave(2, -1).repeat_interleave(2, -2))  # any size is judged at its own
     assert larger.realism.shape == (3,)
 
 
-def test_the_held_out_judge_is_another_network() -> None:
-    scorer, judge = Judge.load("scorer"), Judge.load("judge")
+@pytest.mark.parametrize("model", models())
+def test_the_held_out_judge_is_another_network(model: str) -> None:
+    scorer, judge = Judge.load("scorer", model), Judge.load("judge", model)
     assert scorer.width != judge.width
     assert scorer.attributes == judge.attributes
 
@@ -173,20 +180,53 @@ def test_a_judge_is_saved_in_half_precision(tmp_path: Path) -> None:
     torch.manual_seed(0)
     judge = Judge({"mouth": ["smile", "serious"]}, width=8, embedding=4).eval()
     judge.save(tmp_path / "mine")
-    again = Judge.load(str(tmp_path / "mine"))
-    assert again.attributes == judge.attributes
+    again = Judge.load(tmp_path / "mine")
+    assert (again.attributes, again.size) == (judge.attributes, 64)
     for name, value in judge.state_dict().items():
         assert torch.equal(again.state_dict()[name], value.half().float())
 
 
+def test_a_judge_sees_pictures_of_its_own_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    judge = Judge({"mouth": ["smile", "serious"]}, width=8, embedding=4, size=96)
+    judge.save(tmp_path / "judge")
+    again = Judge.load("judge", str(tmp_path))
+    assert again.size == 96
+    pictures = torch.rand(2, 3, 48, 80)
+    fitted = functional.interpolate(pictures, (96, 96), mode="bilinear", antialias=True, align_corners=False)
+    assert torch.equal(again(pictures).realism, again(fitted).realism)
+    config = json.loads((tmp_path / "judge" / "config.json").read_text())
+    del config["size"]  # as judges were written before they had one: it means 64, whose neck is smaller
+    (tmp_path / "judge" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="size mismatch for neck"):
+        Judge.load("judge", str(tmp_path))
+    with pytest.raises(UserError, match="judge: size=72: give a multiple of 16"):
+        Judge({"mouth": ["smile"]}, size=72)
+
+
+def test_among_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [1.0, 1.0, 1.0, 2.0]])
+    verdict = Verdict({"mouth": logits}, torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 1))
+    value = torch.tensor([2, 3])
+    assert [verdict.among("mouth", value, k).tolist() for k in (1, 2)] == [[False, True], [True, True]]
+    order = logits.argsort(1, descending=True)
+    for index in range(4):
+        for k in range(1, 5):
+            expected = (order[:1, :k] == index).any(1)  # the row without ties
+            assert torch.equal(verdict.among("mouth", torch.tensor([index, index]), k)[:1], expected)
+
+
 def test_unknown_judges_and_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use scorer, judge, or such a folder"):
-        Judge.load(str(tmp_path))
+        Judge.load(tmp_path)
+    with pytest.raises(UserError, match=r"^model .* has no scorer: use avatars.*, or a folder with scorer/ and "):
+        Judge.load("scorer", str(tmp_path))
     judge = Judge({"mouth": ["smile", "serious"]}, width=8, embedding=4)
     with pytest.raises(UserError, match="attribute mouth=grin is unknown to the judges: use smile, serious"):
         judge.indices("mouth", ["smile", "grin"])
 
 
-def test_the_embedded_model_is_small() -> None:
-    size = sum(f.stat().st_size for f in EMBEDDED.rglob("*") if f.is_file())
+@pytest.mark.parametrize("name", models())
+def test_an_embedded_model_is_small(name: str) -> None:
+    size = sum(f.stat().st_size for f in EMBEDDED[name].rglob("*") if f.is_file())
     assert size < 60e6

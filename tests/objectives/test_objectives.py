@@ -14,14 +14,14 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from rwopt.errors import UserError
 from rwopt.models.judge import Judge
-from rwopt.objectives import Batch, Objective, ObjectiveSpec, avatar, make_objective, pixel, teacher
-from rwopt.objectives.avatar import Panel, panel
+from rwopt.objectives import Batch, Objective, ObjectiveSpec, judges, make_objective, pixel, teacher
 from rwopt.objectives.composite import Composite
+from rwopt.objectives.judges import Panel, panel
 
 N = 4
 CHANGES = [["hair_color"], ["glasses"], ["mouth"], ["background"]]
 HIDDEN: list[list[str]] = [[], ["eyes"], ["hair_color", "hair"], []]
-NAMES = [name for family in (avatar, pixel, teacher) for name in family.specs()]
+NAMES = [name for family in (judges, pixel, teacher) for name in family.specs()]
 """`test_reward_contract.py` has all others."""
 CUT = (".success", ".identity", ".saturation", ".ms_ssim")  # at 0, where random pictures may lie
 PARTIAL = ("face.",)  # these pictures show no face
@@ -231,7 +231,7 @@ def test_success_is_the_share_of_the_way_to_certainty(batch: Batch) -> None:
     for i, (name,) in enumerate(CHANGES):
         if name in HIDDEN[i]:
             continue
-        value = judge.indices(name, [batch.target[i][name]])
+        value = judge.judge.indices(name, [batch.target[i][name]])
         p, q = (v.logits[name][i].softmax(-1)[value].item() for v in (before, after))
         assert scores[i].item() == pytest.approx(min(max((q - p) / max(1 - p, 1e-3), 0), 1), abs=1e-5)
 
@@ -255,7 +255,7 @@ def test_the_mean_is_over_what_can_be_seen(kind: str, batch: Batch) -> None:
         for name in judge.attributes:
             if name in HIDDEN[i] or ("kept" in kind and name in CHANGES[i]):
                 continue
-            value = judge.indices(name, [batch.target[i][name]])[0]
+            value = judge.judge.indices(name, [batch.target[i][name]])[0]
             share = verdict.logits[name][i].softmax(-1)
             hits.append(float(share.argmax() == value) if "accuracy" in kind else float(share[value]))
         assert scores[i].item() == pytest.approx(np.mean(hits), abs=1e-5)

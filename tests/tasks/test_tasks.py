@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from helpers.embedded import case_sets, models
 from PIL import Image
 
 from rwopt.errors import UserError
 from rwopt.files import package_folder
 from rwopt.models import Model
+from rwopt.models.judge import NETWORKS
+from rwopt.objectives.judges import panel
 from rwopt.sampling.course import course_by_rule, course_of_steps
 from rwopt.sampling.denoise import Condition
 from rwopt.sampling.sample import sample
@@ -30,6 +34,7 @@ from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
 
 COUNTS = {"train": 128, "validation": 128, "test": 256}
+SIDES = {"avatars": 64, "emoji": 96}
 PLAIN = Dials(3.0, 0.6)
 
 
@@ -46,50 +51,64 @@ def captions() -> list[Case]:
 # --- the shipped cases
 
 
-def rows_of(split: str) -> list[dict[str, Any]]:
-    text = (package_folder("data") / "avatars" / f"{split}.jsonl").read_text()
+def rows_of(name: str, split: str) -> list[dict[str, Any]]:
+    text = (package_folder("data") / name / f"{split}.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_shipped_cases(split: str) -> None:
-    edits = load_cases("avatars", split, "editing")
+@pytest.mark.parametrize("name", case_sets())
+def test_shipped_cases(name: str, split: str) -> None:
+    edits = load_cases(name, split, "editing")
     assert len(edits) >= COUNTS[split]
     assert len({c.kind for c in edits}) >= 6
     for case in edits:
         assert case.source is not None
         assert case.truth is not None
-        assert case.source.shape == case.truth.shape == (64, 64, 3)
+        assert case.source.shape == case.truth.shape == (SIDES[name], SIDES[name], 3)
         assert case.source.dtype == np.uint8
         assert not np.array_equal(case.source, case.truth)
         assert case.source_caption != case.caption
         assert len(case.change) == 1
-        for name, value in case.change.items():
-            assert case.target[name] == value
-            assert name not in case.hidden  # an edit that cannot be seen could not be judged
-    texts = load_cases("avatars", split, "generation")
+        for attribute, value in case.change.items():
+            assert case.target[attribute] == value
+            assert attribute not in case.hidden  # an edit that cannot be seen could not be judged
+    texts = load_cases(name, split, "generation")
     assert len(texts) >= COUNTS[split]
     assert all(c.source is None and c.target and not c.change for c in texts)
     assert len({c.id for c in edits + texts}) == len(edits) + len(texts)
 
 
-def test_splits_share_no_identity() -> None:
-    """Neither as a source nor as an edited person nor as a caption."""
-    seen: dict[str, set[tuple[str, ...]]] = {}
+@pytest.mark.parametrize("name", models())
+def test_judges_know_every_target_and_what_is_hidden(name: str) -> None:
+    cases = [case for split in SPLITS for task in ("editing", "generation") for case in load_cases(name, split, task)]
+    for network in NETWORKS:
+        judges = panel(network, name)
+        wanted = judges.wanted([case.target for case in cases])
+        assert {len(values) for values in wanted.values()} == {len(cases)}
+        assert {attribute for case in cases for attribute in case.hidden} <= set(judges.attributes)
+
+
+@pytest.mark.parametrize("name", case_sets())
+def test_splits_share_no_identity(name: str) -> None:
+    """What is wanted in one split is nothing in another; sources of avatars neither (emoji's may be trained on)."""
+    wanted, seen = dict[str, set[tuple[str, ...]]](), dict[str, set[tuple[str, ...]]]()
     for split in SPLITS:
-        rows = rows_of(split)
-        people = [row[side] for row in rows for side in ("source", "target") if side in row]
-        seen[split] = {tuple(f"{k}={v}" for k, v in sorted(person.items())) for person in people}
-    assert not seen["train"] & seen["validation"]
-    assert not seen["train"] & seen["test"]
-    assert not seen["validation"] & seen["test"]
-    ids = [row["id"] for split in SPLITS for row in rows_of(split)]
+        rows = rows_of(name, split)
+        sides = {side: {tuple(f"{k}={v}" for k, v in sorted(row[side].items())) for row in rows if side in row}
+                 for side in ("source", "target")}  # fmt: skip
+        wanted[split], seen[split] = sides["target"], sides["source"] | sides["target"]
+    first = seen if name == "avatars" else wanted
+    for one, other in itertools.permutations(SPLITS, 2):
+        assert not first[one] & seen[other]
+    ids = [row["id"] for split in SPLITS for row in rows_of(name, split)]
     assert len(ids) == len(set(ids))
 
 
-def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
+@pytest.mark.parametrize("name", case_sets())
+def test_an_edit_changes_what_it_says_and_nothing_else(name: str) -> None:
     for split in SPLITS:
-        for row in rows_of(split):
+        for row in rows_of(name, split):
             if row["task"] == "editing":
                 assert row["target"] == {**row["source"], **row["change"]}
                 assert row["target"] != row["source"]
@@ -138,6 +157,16 @@ def test_a_cell_outside_its_sheet_is_named(tmp_path: Path, cell: int) -> None:
     folder = write(tmp_path, {"id": "a", "caption": "x", "cell": 15}, {"id": "b", "caption": "x", "cell": cell})
     with pytest.raises(UserError, match=rf"line 2: cell {cell} lies outside the sheet of source pictures$"):
         load_cases(str(folder), "train", "editing")
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_a_sheet_has_sixteen_pictures_a_row_of_any_side(tmp_path: Path, side: int) -> None:
+    sheet = np.random.default_rng(0).integers(0, 256, (2 * side, 16 * side, 3), np.uint8)
+    Image.fromarray(sheet).save(tmp_path / "train_source.png")
+    folder = write(tmp_path, {"id": "a", "caption": "x", "cell": 15}, {"id": "b", "caption": "y", "cell": 17})
+    first, second = (case.source for case in load_cases(str(folder), "train", "editing"))
+    assert np.array_equal(first, sheet[:side, 15 * side :])  # type: ignore[arg-type]
+    assert np.array_equal(second, sheet[side:, side : 2 * side])  # type: ignore[arg-type]
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
