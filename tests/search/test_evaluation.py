@@ -26,7 +26,7 @@ def paired(a: list[Scores], b: list[Scores], higher: bool = True) -> Paired:
 
 
 def toy_task(owner: list[int]) -> Any:
-    return SimpleNamespace(owner=np.array(owner))
+    return SimpleNamespace(owner=np.array(owner), model=SimpleNamespace(name="avatars"))
 
 
 def brightness(batch: Batch) -> torch.Tensor:
