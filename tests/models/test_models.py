@@ -14,6 +14,7 @@ from helpers.embedded import models
 from helpers.tiny import save_tiny_pipeline
 from torch.nn import functional
 
+import rwopt.models as models_room
 from rwopt.embedded import EMBEDDED
 from rwopt.errors import UserError
 from rwopt.models import Model, load_model
@@ -230,3 +231,7 @@ def test_unknown_judges_and_values_are_refused(tmp_path: Path) -> None:
 def test_an_embedded_model_is_small(name: str) -> None:
     size = sum(f.stat().st_size for f in EMBEDDED[name].rglob("*") if f.is_file())
     assert size < 60e6
+
+
+def test_the_folder_of_the_default_model_has_a_name() -> None:
+    assert {path.name for path in models_room.EMBEDDED.iterdir()} >= {"unet", "vae", "tokenizer", "scorer", "judge"}
