@@ -110,3 +110,15 @@ def publish(save: Callable[[Path], None], name: str, model: Path = MODEL) -> Pat
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
     return target
+
+
+def publish_pipeline(pipe: Any, model: Path = MODEL) -> None:
+    """Put a pipeline's U-Net, text encoder, tokenizer and scheduler beside the VAE, in the standard layout."""
+    from transformers import CLIPTextConfig
+
+    pipe.save_config(model)
+    for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
+        part = getattr(pipe, name)
+        publish(lambda path, part=part: part.save_pretrained(path), name, model)
+    # transformers 5 loads by what the configuration says; diffusers loads the other parts in float32
+    CLIPTextConfig.from_pretrained(model / "text_encoder", dtype="float32").save_pretrained(model / "text_encoder")

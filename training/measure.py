@@ -17,7 +17,7 @@ from rwopt.models.judge import Judge
 from rwopt.tasks.cases import load_cases
 
 from common import MODEL, ROOT, load_pool, to_float, visible
-from train_judges import accuracy
+from judging import accuracy
 from train_vae import psnr
 from world import NAMES
 
@@ -42,7 +42,7 @@ def main() -> None:
     unseen, values = load_pool("unseen")
     rows: dict[str, float] = {"vae_psnr": psnr(pipe.vae, unseen[:, 0])}
     for name in ("scorer", "judge"):
-        scores = accuracy(Judge.load(name), to_float(unseen[:, 0]), visible(values)[:, 0])
+        scores = accuracy(Judge.load(name), to_float(unseen[:, 0]), torch.from_numpy(visible(values)[:, 0]))
         rows[f"{name}_accuracy"] = float(np.mean(list(scores.values())))
         rows |= {f"{name}_accuracy/{k}": v for k, v in scores.items()}
     cases = load_cases("avatars", "test", "generation")
@@ -51,7 +51,7 @@ def main() -> None:
         [-1 if n in c.hidden else NAMES[n].index(c.target[n]) for n in NAMES] for c in cases
     ])  # fmt: skip
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    found = accuracy(Judge.load("judge"), images, labels)
+    found = accuracy(Judge.load("judge"), images, torch.from_numpy(labels))
     rows["sample_accuracy"] = float(np.mean(list(found.values())))
     rows["sample_colours"] = float(np.mean([found[n] for n in COLOURS]))
     rows |= {f"sample_accuracy/{k}": v for k, v in found.items()}

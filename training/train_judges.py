@@ -9,12 +9,9 @@ last 500 people of the pool, which training does not see.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rwopt.models import Model, load_model
@@ -25,6 +22,7 @@ from rwopt.sampling.sample import sample
 from rwopt.unet.attachment import Attachment
 
 from common import CACHE, fit, load_pool, publish, to_float, visible
+from judging import TrainJudge, accuracy, augment, fit_temperatures
 from world import NAMES, caption
 
 JUDGES = {"scorer": {"width": 24, "seed": 1}, "judge": {"width": 32, "seed": 2}}
@@ -75,68 +73,6 @@ def reconstruct(model: Model, pool: str, people: int = 2000) -> np.ndarray:
     return out
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Small shifts, brightness and noise: a judge must not live on single pixels."""
-    n = len(images)
-    shift = torch.randint(0, 5, (2,), generator=generator).tolist()
-    images = F.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, shift[0] : shift[0] + 64, shift[1] : shift[1] + 64]
-    gain = 1 + 0.08 * torch.randn(n, 1, 1, 1, generator=generator)
-    level = 0.04 * torch.rand(n, 1, 1, 1, generator=generator)
-    return (images * gain + level * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-
-
-class TrainJudge(L.LightningModule):
-    def __init__(self, width: int, steps: int) -> None:
-        super().__init__()
-        self.judge, self.steps = Judge({k: list(v) for k, v in NAMES.items()}, width), steps
-
-    def training_step(self, batch: Any, _: int) -> Tensor:
-        images, labels, fakes = batch  # [2M, 3, 64, 64] (M people, then their edits), [2M, 10], [M, 3, 64, 64]
-        with torch.autocast("cpu", torch.bfloat16):
-            said = self.judge(torch.cat([images, fakes]).to(memory_format=torch.channels_last))
-        n = len(images)
-        attributes = torch.stack([
-            F.cross_entropy(logits[:n].float(), labels[:, i], ignore_index=-1)
-            for i, logits in enumerate(said.logits.values())
-        ]).mean()  # fmt: skip
-        first, second = said.embedding[:n].float().chunk(2)
-        similarity = first @ second.T / 0.1
-        target = torch.arange(len(first))
-        identity = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-        real = torch.cat([torch.ones(n), torch.zeros(len(fakes))])
-        realism = F.binary_cross_entropy_with_logits(
-            said.realism.float(), real, weight=torch.where(real == 1, 0.5, 1.0)
-        )
-        self.log_dict({"attributes": attributes, "identity": identity, "realism": realism}, prog_bar=True)
-        return attributes + 0.3 * identity + 0.3 * realism
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=self.steps, pct_start=0.1)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-@torch.no_grad()
-def fit_temperatures(judge: Judge, images: Tensor, labels: np.ndarray) -> None:
-    """Guo et al. (2017): one temperature a head, the best of a grid by likelihood."""
-    said = judge(images)
-    for i, (_, logits) in enumerate(said.logits.items()):
-        target = torch.from_numpy(labels[:, i])
-        grid = torch.logspace(-0.5, 0.7, 49)
-        losses = torch.stack([F.cross_entropy(logits / t, target, ignore_index=-1) for t in grid])
-        judge.temperature[i] = grid[losses.argmin()]
-
-
-@torch.no_grad()
-def accuracy(judge: Judge, images: Tensor, labels: np.ndarray) -> dict[str, float]:
-    """Share of right answers for each attribute, over the pictures that show it."""
-    out = {}
-    for i, (name, logits) in enumerate(judge(images).logits.items()):
-        seen = labels[:, i] >= 0
-        out[name] = float((logits.argmax(-1).numpy()[seen] == labels[seen, i]).mean())
-    return out
-
-
 def train(name: str, steps: int, model: Model) -> None:
     settings = JUDGES[name]
     pictures, values = load_pool(name)
@@ -154,12 +90,13 @@ def train(name: str, steps: int, model: Model) -> None:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         target = torch.from_numpy(np.concatenate([labels[rows, 0], labels[rows, 1]]))
         fake = fakes[rng.integers(len(fakes) - 256, size=m)]
-        return augment(to_float(images), generator), target, augment(to_float(fake), generator)
+        return augment(to_float(images), generator, 2), target, augment(to_float(fake), generator, 2)
 
-    module = TrainJudge(settings["width"], steps)
+    judge = Judge({k: list(v) for k, v in NAMES.items()}, settings["width"])
+    module = TrainJudge(judge, steps, rate=2e-3, decay=0.02)
     fit(module, batch, name, steps, settings["seed"], ema=0.995)
     judge = module.judge.eval()
-    fit_temperatures(judge, to_float(recon[train_count - offset :, 0]), labels[train_count:, 0])
+    fit_temperatures(judge, to_float(recon[train_count - offset :, 0]), torch.from_numpy(labels[train_count:, 0]))
     publish(lambda folder: judge.save(folder), name)
 
 
@@ -172,7 +109,7 @@ def main() -> None:
     unseen, values = load_pool("unseen")
     for name in [args.only] if args.only else JUDGES:
         train(name, args.steps, model)
-        scores = accuracy(Judge.load(name), to_float(unseen[:, 0]), visible(values)[:, 0])
+        scores = accuracy(Judge.load(name), to_float(unseen[:, 0]), torch.from_numpy(visible(values)[:, 0]))
         print(name, f"mean {np.mean(list(scores.values())):.3f}", {k: round(v, 3) for k, v in scores.items()})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.tiny import save_tiny_pipeline
@@ -30,6 +31,19 @@ def case_sets() -> list[object]:
 
 def _param(name: str, file: Path) -> object:
     return pytest.param(name, marks=pytest.mark.skipif(not file.is_file(), reason=f"{file} is not there"))
+
+
+def stock_pipeline(model: Any) -> Any:
+    """diffusers' own pipeline of a model's networks, with DDIM on the grid of `rwopt`'s own loop."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline(
+        model.vae, model.text_encoder, model.tokenizer, model.unet,
+        DDIMScheduler.from_config(model.scheduler.config, timestep_spacing="trailing"), None, None,
+        requires_safety_checker=False,
+    )  # type: ignore[no-untyped-call] # fmt: skip
+    stock.set_progress_bar_config(disable=True)
+    return stock
 
 
 def save_other_model(folder: Path) -> Path:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from helpers.embedded import case_sets, models
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from helpers.embedded import case_sets, models, stock_pipeline
 from PIL import Image
 
 from rwopt.errors import UserError
@@ -423,12 +423,7 @@ def test_a_task_makes_the_stock_pipelines_picture_under_the_same_file(
     ids = [s.id for s in list_sites(avatars.unet, ("self", "cross", "ff"))]
     schedule = Schedule.constant(ids, [14.0, 0.05], 1.15, cfg_branch=branch)
     task = make_task("generation", avatars, captions, 3)
-    stock = StableDiffusionPipeline(
-        avatars.vae, avatars.text_encoder, avatars.tokenizer, avatars.unet,
-        DDIMScheduler.from_config(avatars.scheduler.config, timestep_spacing="trailing"), None, None,
-        requires_safety_checker=False,
-    )  # type: ignore[no-untyped-call] # fmt: skip
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_pipeline(avatars)
     with apply(stock, schedule):
         expected = stock(
             [c.caption for c in captions], num_inference_steps=3, guidance_scale=guidance, latents=task.noise.clone(),

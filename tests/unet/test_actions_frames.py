@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers.embedded import stock_pipeline
 from helpers.small import inputs, make_tiny_unet
 from torch import Tensor
 
@@ -259,12 +259,7 @@ def test_a_search_runs_actions_in_its_loops(avatars: Model, letters: str | Seque
 
 
 def test_a_loop_of_ones_own_makes_the_pictures_of_the_stock_pipeline_behind_the_gate(avatars: Model) -> None:
-    stock = StableDiffusionPipeline(
-        avatars.vae, avatars.text_encoder, avatars.tokenizer, avatars.unet,
-        DDIMScheduler.from_config(avatars.scheduler.config, timestep_spacing="trailing"), None, None,
-        requires_safety_checker=False,
-    )  # type: ignore[no-untyped-call] # fmt: skip
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_pipeline(avatars)
     course, prompts = course_by_rule(avatars, 5), ["a face", "a hat"]
     x = torch.randn(2, *avatars.latent_shape, generator=torch.Generator().manual_seed(0))
     actions = tgate(5, 2, sides="mean", late_interval=2).along(course.sigmas)

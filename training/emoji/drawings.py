@@ -17,7 +17,7 @@ from torch import Tensor
 from training.common import ROOT
 from training.emoji.world import BACKGROUNDS, GENDERS, HAIRS, SKINS, STYLES, Look, split_of
 
-CACHE, RUNS = ROOT / "cache" / "emoji", ROOT / "runs" / "emoji"
+CACHE = ROOT / "cache" / "emoji"
 MODEL, DATA = ROOT.parent / "rwopt" / "models" / "emoji", ROOT.parent / "data" / "emoji"
 SIDE, SIZE = 112, 96
 """Pixels of a drawing as it is kept, and of a picture."""

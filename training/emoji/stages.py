@@ -12,6 +12,8 @@ import lightning as L
 import numpy as np
 import torch
 
+from training.common import fit
+
 WARM, TIMED = 5, 20
 
 
@@ -41,7 +43,7 @@ class Stage:
             optimizer.zero_grad()
         return max(int(60 * minutes / ((_now() - start) / TIMED)), 50)
 
-    def run(self, fit: Callable[..., L.LightningModule], steps: int, minutes: float | None) -> None:
+    def run(self, steps: int, minutes: float | None) -> None:
         """Train and publish."""
         if minutes is not None:
             steps = self.steps_in(minutes)

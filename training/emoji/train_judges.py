@@ -15,7 +15,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rwopt.models import Model, load_model
@@ -24,14 +23,15 @@ from rwopt.sampling.course import course_by_rule
 from rwopt.sampling.denoise import condition
 from rwopt.sampling.sample import sample
 from rwopt.unet.attachment import Attachment
-from training.common import fit, publish
-from training.emoji.drawings import MODEL, SIZE, Drawings, seeded
+from training.common import publish
+from training.emoji.drawings import MODEL, Drawings, seeded
 from training.emoji.stages import Stage, command_line
 from training.emoji.world import BACKGROUNDS, caption, share
+from training.judging import TrainJudge, accuracy, augment, fit_temperatures
 
 JUDGES = {"scorer": {"width": 24, "seed": 1, "size": 64}, "judge": {"width": 32, "seed": 2, "size": 80}}
 SEEN = 0.85
-FAKES, PARTNERS = 3072, 6
+FAKES, PARTNERS, REACH = 3072, 6, 3
 
 
 @torch.no_grad()
@@ -61,17 +61,6 @@ def make_fakes(model: Model, drawings: Drawings, rows: Tensor, count: int, seed:
     return torch.cat(out)[:count]
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Small shifts, brightness and noise: a judge must not live on single pixels."""
-    n, device = len(images), images.device
-    right, down = torch.randint(0, 7, (2,), generator=generator, device=device).tolist()
-    images = F.pad(images, (3, 3, 3, 3), mode="replicate")[:, :, right : right + SIZE, down : down + SIZE]
-    gain = 1 + 0.08 * torch.randn(n, 1, 1, 1, generator=generator, device=device)
-    level = 0.04 * torch.rand(n, 1, 1, 1, generator=generator, device=device)
-    noise = torch.randn(images.shape, generator=generator, device=device)
-    return (images * gain + level * noise).clamp(0, 1)
-
-
 def partners(drawings: Drawings, rows: Tensor) -> Tensor:
     """[N, 6]: for each drawing others among `rows` that differ in one attribute and not in the subject, or itself."""
     groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
@@ -90,65 +79,6 @@ def partners(drawings: Drawings, rows: Tensor) -> Tensor:
         if others:
             out[i] = rng.choice(others, size=PARTNERS)
     return torch.from_numpy(out).to(drawings.device)
-
-
-class TrainJudge(L.LightningModule):
-    def __init__(self, attributes: dict[str, list[str]], width: int, size: int, steps: int, rate: float) -> None:
-        super().__init__()
-        self.judge, self.steps, self.rate = Judge(attributes, width, size=size), steps, rate
-
-    def training_step(self, batch: Any, _: int) -> Tensor:
-        images, labels, fakes = batch  # [2M, 3, 96, 96] (M drawings, then their partners), [2M, 6], [M, 3, 96, 96]
-        with torch.autocast(images.device.type, torch.bfloat16):
-            said = self.judge(torch.cat([images, fakes]).to(memory_format=torch.channels_last))
-        n = len(images)
-        losses = {
-            name: _mean_loss(logits[:n].float(), labels[:, i]) for i, (name, logits) in enumerate(said.logits.items())
-        }
-        attributes = torch.stack(list(losses.values())).mean()
-        first, second = said.embedding[:n].float().chunk(2)
-        similarity = first @ second.T / 0.1
-        target = torch.arange(len(first), device=images.device)
-        identity = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-        real = torch.cat([torch.ones(n), torch.zeros(len(fakes))]).to(images.device)
-        realism = F.binary_cross_entropy_with_logits(
-            said.realism.float(), real, weight=torch.where(real == 1, 0.5, 1.0)
-        )
-        self.log_dict({"subject": losses["subject"], "attributes": attributes, "identity": identity,
-                       "realism": realism}, prog_bar=True)  # fmt: skip
-        return attributes + 0.3 * identity + 0.3 * realism
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=self.steps, pct_start=0.1)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over the pictures to which the attribute applies; 0 where there is none in the batch."""
-    total = F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=0.02, reduction="sum")
-    return total / (labels >= 0).sum().clamp(min=1)
-
-
-@torch.no_grad()
-def fit_temperatures(judge: Judge, images: Tensor, labels: Tensor) -> None:
-    """Guo et al. (2017): one temperature a head, the best of a grid by likelihood."""
-    said = judge(images)
-    for i, (_, logits) in enumerate(said.logits.items()):
-        grid = torch.logspace(-0.5, 0.7, 49, device=images.device)
-        losses = torch.stack([F.cross_entropy(logits / t, labels[:, i], ignore_index=-1) for t in grid])
-        judge.temperature[i] = grid[losses.argmin()]
-
-
-@torch.no_grad()
-def accuracy(judge: Judge, images: Tensor, labels: Tensor, first: int = 1) -> dict[str, float]:
-    """Share of pictures whose right value is among the `first` likeliest, by attribute, where it applies."""
-    out, verdict = {}, judge(images)
-    for i, (name, logits) in enumerate(verdict.logits.items()):
-        seen = labels[:, i] >= 0
-        best = logits[seen].topk(min(first, logits.shape[1]), -1).indices
-        out[name] = float((best == labels[seen, i, None]).any(-1).float().mean())
-    return out
 
 
 def stage(model: Model, drawings: Drawings, name: str, batch: int, rate: float) -> Stage:
@@ -174,7 +104,7 @@ def stage(model: Model, drawings: Drawings, name: str, batch: int, rate: float) 
             images = model.decode(model.latents(images)).float()
         labels = torch.cat([drawings.told(first, colour), drawings.told(other, second)])
         wrong = fakes[torch.randint(len(fakes), (batch // 2,), generator=generator, device=rows.device)].float() / 255
-        return augment(images, generator), labels, augment(wrong, generator)
+        return augment(images, generator, REACH), labels, augment(wrong, generator, REACH)
 
     def finish(module: L.LightningModule) -> None:
         assert isinstance(module, TrainJudge)
@@ -189,7 +119,8 @@ def stage(model: Model, drawings: Drawings, name: str, batch: int, rate: float) 
         publish(lambda folder: judge.cpu().save(Path(folder)), name, MODEL)
 
     def build(steps: int) -> TrainJudge:
-        return TrainJudge(drawings.attributes, settings["width"], settings["size"], steps, rate)
+        judge = Judge(drawings.attributes, settings["width"], size=settings["size"])
+        return TrainJudge(judge, steps, rate, decay=0.05, smoothing=0.02)
 
     return Stage(name, build, make, finish, settings["seed"], ema=0.995)
 
@@ -199,7 +130,7 @@ def main() -> None:
     model = load_model(str(MODEL), device=args.device, dtype="float32")
     drawings = Drawings.load(args.device)
     for name in JUDGES:
-        stage(model, drawings, name, args.batch, args.rate).run(fit, args.steps, args.minutes)
+        stage(model, drawings, name, args.batch, args.rate).run(args.steps, args.minutes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.common import fit, publish
+from training.common import publish
 from training.emoji.drawings import MODEL, SIZE, Drawings, seeded
 from training.emoji.stages import Stage, command_line
 
@@ -99,7 +99,7 @@ def stage(drawings: Drawings, batch: int, rate: float, seed: int) -> Stage:
 def main() -> None:
     args = command_line(__doc__, steps=5000, batch=64, rate=1.5e-3)
     drawings = Drawings.load(args.device)
-    stage(drawings, args.batch, args.rate, args.seed).run(fit, args.steps, args.minutes)
+    stage(drawings, args.batch, args.rate, args.seed).run(args.steps, args.minutes)
 
 
 if __name__ == "__main__":
