@@ -24,7 +24,7 @@ import torch
 from architectures import POOLED, SD15, VAE, XL
 
 from rwopt import config
-from rwopt.embedded import EMBEDDED
+from rwopt.embedded import FOLDERS
 from rwopt.files import write_text
 from rwopt.models.memory import most_memory
 from rwopt.progress import Silent
@@ -49,7 +49,7 @@ def save_model(kind: str, folder: Path, quick: bool) -> None:
     import diffusers
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["avatars"] / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS["avatars"] / "tokenizer")
     unet, vae = dict(SD15 if kind == "sd" else XL), dict(VAE)
     if quick:
         unet["block_out_channels"], vae["block_out_channels"] = (32, 64, 64, 64)[: 4 if kind == "sd" else 3], (32,) * 4

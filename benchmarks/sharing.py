@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rwopt.cli.screen import quiet
-from rwopt.embedded import DEFAULT, EMBEDDED
+from rwopt.embedded import DEFAULT, FOLDERS
 from rwopt.errors import UserError
 from rwopt.files import locked
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     about = f"embedded model (default {DEFAULT}); another one has its own run folder, result file and tables"
-    parser.add_argument("--model", choices=list(EMBEDDED), default=DEFAULT, help=about)
+    parser.add_argument("--model", choices=list(FOLDERS), default=DEFAULT, help=about)
 
 
 def suffix(model: str) -> str:

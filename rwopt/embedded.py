@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-EMBEDDED = {path.parent.name: path.parent for path in sorted(Path(__file__).parent.glob("models/*/model_index.json"))}
+FOLDERS = {path.parent.name: path.parent for path in sorted(Path(__file__).parent.glob("models/*/model_index.json"))}
 """Name of each -> its folder, a diffusers model with `scorer` and `judge` beside `unet`."""
 
 DEFAULT = "avatars"
@@ -13,4 +13,4 @@ DEFAULT = "avatars"
 
 def place_of(name: str) -> str:
     """Where a model lies: the folder of an embedded one, else the name itself, a path or a hub id."""
-    return str(EMBEDDED.get(name, name))
+    return str(FOLDERS.get(name, name))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from rwopt import __version__
-from rwopt.embedded import DEFAULT, EMBEDDED
+from rwopt.embedded import DEFAULT, FOLDERS
 from rwopt.sampling.grids import GRIDS
 from rwopt.schedule.samplers import SAMPLERS
 
-MODELS = f"{' or '.join(EMBEDDED)} (embedded), a diffusers folder or a hub id"
+MODELS = f"{' or '.join(FOLDERS)} (embedded), a diffusers folder or a hub id"
 
 EPILOG = """examples:
   rwopt search recipe=few-steps                    3 calls that look like 50: learn a schedule, compare, report

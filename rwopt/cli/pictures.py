@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rwopt.cli.screen import quiet, say
-from rwopt.embedded import DEFAULT, EMBEDDED
+from rwopt.embedded import DEFAULT, FOLDERS
 from rwopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def edit(args: argparse.Namespace) -> None:
             raise UserError("edit --image needs --caption, the description of the picture wanted")
         case = Case("own", args.caption, source=read_picture(args.image))
     else:
-        cases = load_cases(args.model if args.model in EMBEDDED else DEFAULT, args.split, "editing")
+        cases = load_cases(args.model if args.model in FOLDERS else DEFAULT, args.split, "editing")
         if not 0 <= args.case < len(cases):
             raise UserError(f"--case {args.case} is outside 0 .. {len(cases) - 1} of {args.split}")
         case = cases[args.case]

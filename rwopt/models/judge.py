@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwopt.embedded import DEFAULT, EMBEDDED, place_of
+from rwopt.embedded import DEFAULT, FOLDERS, place_of
 from rwopt.errors import UserError, check
 
 NETWORKS = ("scorer", "judge")
@@ -126,7 +126,7 @@ def judge_folder(network: str, model: str) -> Path:
     folder = Path(place_of(model)) / network if network in NETWORKS else Path(network)
     if not (folder / "config.json").exists():
         if network in NETWORKS:
-            own = ", ".join(EMBEDDED)
+            own = ", ".join(FOLDERS)
             raise UserError(f"model {model} has no {network}: use {own}, or a folder with scorer/ and judge/")
         raise UserError(f"judge {network} is not a folder with config.json: use scorer, judge, or such a folder")
     return folder

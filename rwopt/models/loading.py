@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rwopt.embedded import DEFAULT, EMBEDDED, place_of
+from rwopt.embedded import DEFAULT, FOLDERS, place_of
 from rwopt.errors import UserError, check, one_of
 from rwopt.models.addons import add_embeddings, add_loras, other_vae
 from rwopt.models.channels import check_channels
@@ -120,7 +120,7 @@ def load_model(
 
 def suit(unet: Any, name: str, device: str) -> None:
     """Choose what computes attention in a model's U-Net."""
-    if name in EMBEDDED and device == "cpu":
+    if name in FOLDERS and device == "cpu":
         # few heads and tokens (64, 144): the plain processor beats flash attention here, up to threefold in backward
         from diffusers.models.attention_processor import AttnProcessor
 
@@ -135,7 +135,7 @@ def _opened(name: str, unet: torch.dtype, revision: str, variant: str, config: s
         check_channels(name, network["in_channels"], network["latent_channels"], method)
         with _told(name, "give model.config, a diffusers folder or hub id of the same architecture"):
             return open_file(place, kind, config, other_vae(vae, config))
-    with _told(name, f"give a diffusers folder, a .safetensors file or {' or '.join(map(repr, EMBEDDED))}"):
+    with _told(name, f"give a diffusers folder, a .safetensors file or {' or '.join(map(repr, FOLDERS))}"):
         kind = _kind_of(name, place, revision, method)
         return _open(place, kind, unet, revision, variant, other_vae(vae, place))
 

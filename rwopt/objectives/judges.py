@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwopt.embedded import DEFAULT, EMBEDDED, place_of
+from rwopt.embedded import DEFAULT, FOLDERS, place_of
 from rwopt.errors import UserError
 from rwopt.models.judge import NETWORKS, Judge, Verdict, judge_folder
 from rwopt.objectives.frozen import Frozen
@@ -163,7 +163,7 @@ def specs(judges: str = DEFAULT) -> Mapping[str, ObjectiveSpec]:
 
 def _specs(network: str, judges: str) -> Iterator[ObjectiveSpec]:
     size = (judge_folder(network, judges) / "model.safetensors").stat().st_size
-    weights = f"{judges}/{network}" + ", embedded" * (judges in EMBEDDED)
+    weights = f"{judges}/{network}" + ", embedded" * (judges in FOLDERS)
     for kind, (_, differentiable, needs, higher, about) in _KINDS.items():
         span = (0.0, 1.0 if higher else float("inf"))
         yield ObjectiveSpec(

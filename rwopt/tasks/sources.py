@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rwopt.embedded import EMBEDDED
+from rwopt.embedded import FOLDERS
 from rwopt.errors import UserError
 from rwopt.files import package_folder
 from rwopt.tasks.pictures import READABLE, UNREADABLE
 
 SPLITS = ("train", "validation", "test")
-SHIPPED = (*EMBEDDED, "prompts")
+SHIPPED = (*FOLDERS, "prompts")
 """Sets of cases that come with the package: those of the embedded models, and prompts for others."""
 
 WANTED = (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.tiny import save_tiny_pipeline
 
-from rwopt.embedded import EMBEDDED
+from rwopt.embedded import FOLDERS
 from rwopt.files import package_folder
 from rwopt.models.judge import NETWORKS, Judge
 
@@ -21,12 +21,12 @@ SIDE, CHANNELS = 96, 16
 
 def models(*leave_out: str) -> list[object]:
     """Names of the embedded models as parameters; one whose folder is not there yet is skipped."""
-    return [_param(name, folder / "model_index.json") for name, folder in EMBEDDED.items() if name not in leave_out]
+    return [_param(name, folder / "model_index.json") for name, folder in FOLDERS.items() if name not in leave_out]
 
 
 def case_sets() -> list[object]:
     """The same of their cases."""
-    return [_param(name, package_folder("data") / name / "test.jsonl") for name in EMBEDDED]
+    return [_param(name, package_folder("data") / name / "test.jsonl") for name in FOLDERS]
 
 
 def _param(name: str, file: Path) -> object:

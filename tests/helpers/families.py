@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwopt.embedded import EMBEDDED
+from rwopt.embedded import FOLDERS
 
 FAMILIES = ("sd1", "sd2", "sdxl", "lcm", "pruned")
 NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -46,7 +46,7 @@ def save_family(name: str, folder: Path, variant: str | None = None) -> Path:
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(FAMILIES.index(name))
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["avatars"] / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS["avatars"] / "tokenizer")
     prediction = "v_prediction" if name == "sd2" else "epsilon"
     if name == "lcm":
         scheduler = diffusers.LCMScheduler(**NOISE)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwopt.embedded import EMBEDDED
+from rwopt.embedded import FOLDERS
 from rwopt.search.arms import Arm
 
 TRIALS, DIAL_TRIALS, CONTROL_TRIALS = 3, 2, 1
@@ -37,7 +37,7 @@ def save_tiny_pipeline(folder: Path, side: int = 64, channels: int = 4) -> Path:
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["avatars"] / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS["avatars"] / "tokenizer")
     unet = UNet2DConditionModel(
         sample_size=side // 8, in_channels=channels, out_channels=channels, layers_per_block=1,
         block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -52,7 +52,7 @@ def save_tiny_pipeline(folder: Path, side: int = 64, channels: int = 4) -> Path:
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
     ))  # fmt: skip
-    scheduler = DDIMScheduler.from_pretrained(EMBEDDED["avatars"] / "scheduler")
+    scheduler = DDIMScheduler.from_pretrained(FOLDERS["avatars"] / "scheduler")
     StableDiffusionPipeline(
         vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     ).save_pretrained(folder)

@@ -15,7 +15,7 @@ from helpers.tiny import save_tiny_pipeline
 from torch.nn import functional
 
 import rwopt.models as models_room
-from rwopt.embedded import EMBEDDED
+from rwopt.embedded import FOLDERS
 from rwopt.errors import UserError
 from rwopt.models import Model, load_model
 from rwopt.models.judge import Judge, Verdict
@@ -105,7 +105,7 @@ def test_bfloat16_is_close_to_float32(avatars: Model) -> None:
 @pytest.mark.parametrize("name", models())
 def test_stock_diffusers_loads_and_samples_an_embedded_model_with_no_argument(name: str) -> None:
     """Stored in half precision; the text encoder's configuration says float32, since transformers 5 goes by it."""
-    pipe = DiffusionPipeline.from_pretrained(EMBEDDED[name])
+    pipe = DiffusionPipeline.from_pretrained(FOLDERS[name])
     model = load_model(name, "cpu", "float32")
     generator = torch.Generator().manual_seed(0)
     picture = pipe("a portrait", num_inference_steps=4, generator=generator, output_type="np").images[0]
@@ -229,7 +229,7 @@ def test_unknown_judges_and_values_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", models())
 def test_an_embedded_model_is_small(name: str) -> None:
-    size = sum(f.stat().st_size for f in EMBEDDED[name].rglob("*") if f.is_file())
+    size = sum(f.stat().st_size for f in FOLDERS[name].rglob("*") if f.is_file())
     assert size < 60e6
 
 

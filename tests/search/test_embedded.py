@@ -14,7 +14,7 @@ from helpers.tiny import SETTINGS
 from PIL import Image
 
 from rwopt import config
-from rwopt.embedded import EMBEDDED
+from rwopt.embedded import FOLDERS
 from rwopt.models import Model, load_model
 from rwopt.models.judge import Judge
 from rwopt.progress import Silent
@@ -58,7 +58,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def other(place: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The random model, as if it were the second embedded one."""
-    monkeypatch.setitem(EMBEDDED, "emoji", place)
+    monkeypatch.setitem(FOLDERS, "emoji", place)
     return load_model("emoji", "cpu", "float32")
 
 
@@ -100,7 +100,7 @@ def test_cases_of_another_world_are_told_before_the_first_trial(other: Model, tm
 def test_a_teacher_is_kept_for_one_model(other: Model) -> None:
     """The same prompts and dials: the key still tells models apart, but not a model from its copy in another place."""
     settings = config.load("few-steps", [*EDITS, "model.name=emoji", "task.cases=prompts"])
-    copy, changed = (load_model(str(EMBEDDED["emoji"]), "cpu", "float32") for _ in range(2))
+    copy, changed = (load_model(str(FOLDERS["emoji"]), "cpu", "float32") for _ in range(2))
     next(changed.unet.parameters()).mul_(1.5)
     keys = []
     for model in (other, copy, changed, replace(other, name="avatars")):
