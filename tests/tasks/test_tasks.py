@@ -34,7 +34,7 @@ from rwopt.unet.attachment import Attachment
 from rwopt.unet.sites import list_sites
 
 COUNTS = {"train": 128, "validation": 128, "test": 256}
-SIDES = {"avatars": 64, "emoji": 96}
+SIDE = 64
 PLAIN = Dials(3.0, 0.6)
 
 
@@ -65,7 +65,7 @@ def test_shipped_cases(name: str, split: str) -> None:
     for case in edits:
         assert case.source is not None
         assert case.truth is not None
-        assert case.source.shape == case.truth.shape == (SIDES[name], SIDES[name], 3)
+        assert case.source.shape == case.truth.shape == (SIDE, SIDE, 3)
         assert case.source.dtype == np.uint8
         assert not np.array_equal(case.source, case.truth)
         assert case.source_caption != case.caption

@@ -89,8 +89,8 @@ def test_a_pose_moves_a_drawing_right_and_down(drawings: Drawings) -> None:
         return [float((weight.sum(axis) * places).sum() / weight.sum()) / SIZE for axis in (0, 1)]
 
     assert centre(0.0, 0.0) == pytest.approx([0.5, 0.5], abs=2e-3)
-    assert centre(0.1, 0.0) == pytest.approx([0.6, 0.5], abs=2e-3)
-    assert centre(0.0, -0.1) == pytest.approx([0.5, 0.4], abs=2e-3)
+    assert centre(0.1, 0.0) == pytest.approx([0.6, 0.5], abs=4e-3)
+    assert centre(0.0, -0.1) == pytest.approx([0.5, 0.4], abs=4e-3)
 
 
 def test_labels_are_the_captions_words(drawings: Drawings) -> None:

@@ -1,6 +1,6 @@
 """Fetch and rasterise every drawing, and write the cases. Run: `python -m training.emoji.draw` (5 minutes, 2 cores).
 
-Needs `npm` and `pip install -e '.[train]'`. Writes `training/cache/emoji/` (drawings uint8 [N, 112, 112, 4], their
+Needs `npm` and `pip install -e '.[train]'`. Writes `training/cache/emoji/` (drawings uint8 [N, 80, 80, 4], their
 looks) and the versioned cases in `data/emoji/`. A case's wanted combination of style, subject, skin, gender and hair
 is in no other split and in no picture that a network is trained on; what it is an edit of may be.
 """
@@ -31,7 +31,6 @@ from training.emoji.world import (
     STYLES,
     Look,
     caption,
-    categories,
     hidden,
     looks,
     plain,
@@ -60,7 +59,7 @@ def fetch(style: str) -> Path:
 
 
 def raster(drawing: str | Path) -> np.ndarray:
-    """One drawing, SVG text or the path of a picture, as uint8 [112, 112, 4]."""
+    """One drawing, SVG text or the path of a picture, as uint8 [80, 80, 4]."""
     if isinstance(drawing, Path):
         picture = Image.open(drawing).convert("RGBA")
     else:
@@ -90,11 +89,7 @@ def sources() -> dict[Look, str | Path]:
         "3d": {plain(p.stem): p for p in sorted((fetch("3d") / "assets").glob("*.webp"))},
         "flat": icons("flat"), "noto": icons("noto"),
     }  # fmt: skip
-    folder = fetch("noto")
-    groups, chars = categories(folder / "metadata.json"), json.loads((folder / "chars.json").read_text())
-    category = {plain(points): groups.get(name, "Symbols") for points, name in chars.items()}
-    common = set.intersection(*(set(found) for found in drawn.values()))
-    found = looks(common, category)
+    found = looks(set.intersection(*(set(found) for found in drawn.values())))
     return {replace(look, style=style): drawn[style][key] for key, look in found.items() for style in STYLES}
 
 

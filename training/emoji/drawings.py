@@ -19,7 +19,7 @@ from training.emoji.world import BACKGROUNDS, GENDERS, HAIRS, SKINS, STYLES, Loo
 
 CACHE = ROOT / "cache" / "emoji"
 MODEL, DATA = ROOT.parent / "rwopt" / "models" / "emoji", ROOT.parent / "data" / "emoji"
-SIDE, SIZE = 112, 96
+SIDE, SIZE = 80, 64
 """Pixels of a drawing as it is kept, and of a picture."""
 ZOOM, SHIFT = (0.86, 0.96), 0.05
 """Share of the picture's width that a drawing fills, and by how much of it it is shifted at most."""
@@ -27,7 +27,7 @@ COLOURS = torch.tensor([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in BACK
 
 
 class Drawings:
-    """`looks`: what is known of each of N drawings; `pixels`: uint8 [N, 4, 112, 112], red, green, blue, alpha."""
+    """`looks`: what is known of each of N drawings; `pixels`: uint8 [N, 4, 80, 80], red, green, blue, alpha."""
 
     def __init__(self, looks: list[Look], pixels: Tensor) -> None:
         self.looks, self.pixels = looks, pixels
@@ -65,7 +65,7 @@ class Drawings:
         return torch.cat([zoom, SHIFT * (2 * u[:, 1:] - 1)], 1)
 
     def compose(self, rows: Tensor, backgrounds: Tensor, poses: Tensor) -> Tensor:
-        """Pictures [B, 3, 96, 96] in [0, 1] of drawings [B] over backgrounds [B] (places in `BACKGROUNDS`)."""
+        """Pictures [B, 3, 64, 64] in [0, 1] of drawings [B] over backgrounds [B] (places in `BACKGROUNDS`)."""
         pixels = self.pixels[rows].float() / 255
         alpha = pixels[:, 3:]
         pixels = torch.cat([pixels[:, :3] * alpha, alpha], 1)  # premultiplied: no halo of what is transparent

@@ -60,9 +60,13 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def command_line(text: str | None, steps: int, batch: int, rate: float) -> argparse.Namespace:
-    """Options that every stage has."""
+def command_line(
+    text: str | None, steps: int, batch: int, rate: float, stages: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """Options that every training has; `--stage` where it has several."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if stages:
+        parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--minutes", type=float, help="instead of --steps")
     parser.add_argument("--batch", type=int, default=batch)

@@ -1,6 +1,6 @@
 """Train the emoji model's scorer and held-out judge. Run: `python -m training.emoji.train_judges`, after the U-Net.
 
-The two differ in seed, size, width and drawings (each sees 85 % of the train combinations). Each learns: attributes and
+The two differ in seed, width and drawings (each sees 85 % of the train combinations). Each learns: attributes and
 subject (cross-entropy, where they apply), identity (a drawing and one that differs in a single attribute, or in the
 background, attract each other, InfoNCE), realism (drawings and their VAE reconstructions against the model's own
 pictures of every quality, and damaged latents). Temperatures are fitted on drawings that training does not see.
@@ -29,14 +29,14 @@ from training.emoji.stages import Stage, command_line
 from training.emoji.world import BACKGROUNDS, caption, share
 from training.judging import TrainJudge, accuracy, augment, fit_temperatures
 
-JUDGES = {"scorer": {"width": 24, "seed": 1, "size": 64}, "judge": {"width": 32, "seed": 2, "size": 80}}
+JUDGES = {"scorer": {"width": 24, "seed": 1}, "judge": {"width": 32, "seed": 2}}
 SEEN = 0.85
-FAKES, PARTNERS, REACH = 3072, 6, 3
+FAKES, RECONSTRUCTED, PARTNERS, REACH = 3072, 2048, 6, 2
 
 
 @torch.no_grad()
 def make_fakes(model: Model, drawings: Drawings, rows: Tensor, count: int, seed: int) -> Tensor:
-    """uint8 [count, 3, 96, 96]: few and many steps, weak and strong guidance, edits from pictures, damaged latents."""
+    """uint8 [count, 3, 64, 64]: few and many steps, weak and strong guidance, edits from pictures, damaged latents."""
     rng, generator, out = np.random.default_rng(seed), torch.Generator().manual_seed(seed), list[Tensor]()
     attachment, each, colours = Attachment(model.unet, ()), min(256, count), list(BACKGROUNDS)
     while len(out) * each < count:
@@ -90,21 +90,34 @@ def stage(model: Model, drawings: Drawings, name: str, batch: int, rate: float) 
     known[rows] = True
     fakes = make_fakes(model, drawings, rows, FAKES, settings["seed"])
 
+    def compose(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Drawings and their partners: pictures [2, count, 3, 64, 64], labels [2, count, 6]."""
+        first, colour, pose = drawings.draw(rows, count, generator)
+        places = torch.randint(PARTNERS, (count,), generator=generator, device=generator.device).to(rows.device)
+        other = pairs[first, places]
+        same = torch.rand(count, generator=generator, device=generator.device).to(rows.device) < 0.25
+        other = torch.where(same, first, other)  # of these pairs the background alone differs
+        _, changed, posed = drawings.draw(rows, count, generator)
+        second = torch.where(same | (other == first), changed, colour)
+        images = torch.stack([drawings.compose(first, colour, pose), drawings.compose(other, second, posed)])
+        return images, torch.stack([drawings.told(first, colour), drawings.told(other, second)])
+
+    # what the model can draw at best counts as real, too
+    shown, said = compose(RECONSTRUCTED, torch.Generator().manual_seed(settings["seed"]))
+    with torch.no_grad():
+        parts = [model.decode(model.latents(part)).float() for part in shown.flatten(0, 1).split(128)]
+    redrawn = torch.cat(parts).view_as(shown)
+
     @torch.no_grad()
     def make(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         generator = seeded(rng, drawings.device)
-        first, colour, pose = drawings.draw(rows, batch, generator)
-        other = pairs[first, int(rng.integers(PARTNERS))]
-        same = torch.rand(batch, generator=generator, device=rows.device) < 0.25  # differs in the background alone
-        other = torch.where(same, first, other)
-        _, changed, posed = drawings.draw(rows, batch, generator)
-        second = torch.where(same | (other == first), changed, colour)
-        images = torch.cat([drawings.compose(first, colour, pose), drawings.compose(other, second, posed)])
-        if rng.random() < 0.5:  # what the model can draw at best counts as real, too
-            images = model.decode(model.latents(images)).float()
-        labels = torch.cat([drawings.told(first, colour), drawings.told(other, second)])
+        if rng.random() < 0.5:
+            chosen = torch.randint(RECONSTRUCTED, (batch,), generator=generator, device=rows.device)
+            images, labels = redrawn[:, chosen], said[:, chosen]
+        else:
+            images, labels = compose(batch, generator)
         wrong = fakes[torch.randint(len(fakes), (batch // 2,), generator=generator, device=rows.device)].float() / 255
-        return augment(images, generator, REACH), labels, augment(wrong, generator, REACH)
+        return augment(images.flatten(0, 1), generator, REACH), labels.flatten(0, 1), augment(wrong, generator, REACH)
 
     def finish(module: L.LightningModule) -> None:
         assert isinstance(module, TrainJudge)
@@ -119,14 +132,14 @@ def stage(model: Model, drawings: Drawings, name: str, batch: int, rate: float) 
         publish(lambda folder: judge.cpu().save(Path(folder)), name, MODEL)
 
     def build(steps: int) -> TrainJudge:
-        judge = Judge(drawings.attributes, settings["width"], size=settings["size"])
+        judge = Judge(drawings.attributes, settings["width"])
         return TrainJudge(judge, steps, rate, decay=0.05, smoothing=0.02)
 
     return Stage(name, build, make, finish, settings["seed"], ema=0.995)
 
 
 def main() -> None:
-    args = command_line(__doc__, steps=4000, batch=128, rate=2e-3)
+    args = command_line(__doc__, steps=1500, batch=64, rate=2e-3)
     model = load_model(str(MODEL), device=args.device, dtype="float32")
     drawings = Drawings.load(args.device)
     for name in JUDGES:

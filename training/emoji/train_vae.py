@@ -1,7 +1,9 @@
-"""Train the emoji model's `AutoencoderKL` (96 x 96 x 3 <-> 12 x 12 x 16). Run: `python -m training.emoji.train_vae`.
+"""Train the emoji model's `AutoencoderKL` (64 x 64 x 3 <-> 8 x 8 x 24). Run: `python -m training.emoji.train_vae`.
 
-L1 + 4 MSE and a small KL, mostly MSE towards the end (the target is PSNR); the scaling factor gives latents unit
-variance. `--minutes M` instead of `--steps N`: as many steps as this machine makes in that time, told at the start.
+Two stages, each one command. `--stage joint` starts from the avatars' VAE, whose 16 channels become 24: L1 + 4 MSE and
+a small KL, mostly MSE towards the end (the target is PSNR); the scaling factor gives latents unit variance. `--stage
+decoder`: with the encoder frozen, so that the U-Net may be trained at the same time, the decoder alone on MSE.
+`--minutes M` instead of `--steps N`: as many steps as this machine makes in that time, told at the start.
 """
 
 from __future__ import annotations
@@ -15,28 +17,41 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from training.common import MODEL as AVATARS
 from training.common import publish
 from training.emoji.drawings import MODEL, SIZE, Drawings, seeded
 from training.emoji.stages import Stage, command_line
 
+CHANNELS = 24
 
-def build() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(24, 48, 64, 96),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        mid_block_add_attention=False,
-    )
+
+def widened(vae: AutoencoderKL, channels: int = CHANNELS) -> AutoencoderKL:
+    """The same function with more latent channels behind the old ones; at first nothing is made of them."""
+    old = vae.config.latent_channels
+    wide = AutoencoderKL(**{**vae.config, "latent_channels": channels, "sample_size": SIZE})
+    both = torch.tensor([*range(old), *range(channels, channels + old)])  # means, then logarithms of variances
+    means = torch.arange(old)
+    rows = {"encoder.conv_out": both, "quant_conv": both, "post_quant_conv": means}
+    columns = {"quant_conv": both, "post_quant_conv": means, "decoder.conv_in": means}
+    state = wide.state_dict()
+    for name, value in vae.state_dict().items():
+        layer, target = name.rpartition(".")[0], state[name]
+        row = rows.get(layer, torch.arange(len(value)))
+        if layer in columns and value.ndim > 1:
+            target.index_fill_(1, torch.tensor([i for i in range(target.shape[1]) if i not in columns[layer]]), 0)
+            target[row[:, None], columns[layer]] = value
+        else:
+            target[row] = value
+    wide.load_state_dict(state)
+    return wide
 
 
 class TrainVAE(L.LightningModule):
-    def __init__(self, steps: int, rate: float) -> None:
+    """Encoder and decoder together."""
+
+    def __init__(self, vae: AutoencoderKL, steps: int, rate: float) -> None:
         super().__init__()
-        self.vae, self.steps, self.rate = build().to(memory_format=torch.channels_last), steps, rate
+        self.vae, self.steps, self.rate = vae.train().to(memory_format=torch.channels_last), steps, rate
 
     def training_step(self, batch: Tensor, _: int) -> Tensor:
         x = (batch * 2 - 1).to(memory_format=torch.channels_last)
@@ -47,24 +62,44 @@ class TrainVAE(L.LightningModule):
         mse = F.mse_loss(y, x)
         absolute = 1.0 if self.global_step < 0.6 * self.steps else 0.1
         loss = absolute * F.l1_loss(y, x) + 4 * mse + 1e-6 * posterior.kl().float().mean()
-        self.log_dict({"loss": loss, "mse": mse}, prog_bar=True)
+        self.log_dict({"loss": loss, "psnr": 10 * torch.log10(4 / mse.detach())}, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=self.steps, pct_start=0.05)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+class TrainDecoder(TrainVAE):
+    """The decoder alone, so that latents stay what they are."""
+
+    def __init__(self, vae: AutoencoderKL, steps: int, rate: float) -> None:
+        super().__init__(vae, steps, rate)
+        self.vae.encoder.requires_grad_(False)
+        self.vae.quant_conv.requires_grad_(False)
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        x = (batch * 2 - 1).to(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            with torch.no_grad():
+                z = self.vae.encode(x).latent_dist.mode()
+            y = self.vae.decode(z).sample
+        mse = F.mse_loss(y.float(), x)
+        self.log_dict({"loss": mse, "psnr": 10 * torch.log10(4 / mse.detach())}, prog_bar=True)
+        return mse
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latents (posterior mean, not scaled) of pictures [N, 3, 96, 96] in [0, 1]."""
+    """Latents (posterior mean, not scaled) of pictures [N, 3, 64, 64] in [0, 1]."""
     return torch.cat([vae.encode(part * 2 - 1).latent_dist.mode() for part in pictures.split(256)])
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """Mean over pictures [N, 3, 96, 96] in [0, 1] of the PSNR, in dB, of decode(encode(x)) with the posterior mean."""
+    """Mean over pictures [N, 3, 64, 64] in [0, 1] of the PSNR, in dB, of decode(encode(x)) with the posterior mean."""
     values = []
     for x in pictures.split(64):
         y = (vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
@@ -73,13 +108,18 @@ def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
 
 
 def unseen(drawings: Drawings, count: int = 400) -> Tensor:
-    """Pictures [count, 3, 96, 96] of test combinations."""
+    """Pictures [count, 3, 64, 64] of test combinations."""
     generator = torch.Generator().manual_seed(3)
     return drawings.compose(*drawings.draw(drawings.rows("test"), count, generator))
 
 
-def stage(drawings: Drawings, batch: int, rate: float, seed: int) -> Stage:
-    rows = drawings.rows("train")
+def stage(drawings: Drawings, name: str, batch: int, rate: float, seed: int) -> Stage:
+    rows, kind = drawings.rows("train"), {"joint": TrainVAE, "decoder": TrainDecoder}[name]
+
+    def build(steps: int) -> TrainVAE:
+        folder = (AVATARS if name == "joint" else MODEL) / "vae"
+        vae = AutoencoderKL.from_pretrained(folder).float()
+        return kind(widened(vae) if name == "joint" else vae, steps, rate)
 
     def make(rng: np.random.Generator) -> Tensor:
         return drawings.compose(*drawings.draw(rows, batch, seeded(rng, drawings.device)))
@@ -87,19 +127,21 @@ def stage(drawings: Drawings, batch: int, rate: float, seed: int) -> Stage:
     def finish(module: L.LightningModule) -> None:
         assert isinstance(module, TrainVAE)
         vae = module.vae.to(drawings.device).eval()
-        z = encode(vae, make(np.random.default_rng(seed))[:512])
-        vae.register_to_config(scaling_factor=float(1 / z.std()))
-        print(f"latents: std by channel {z.std((0, 2, 3)).min():.2f} .. {z.std((0, 2, 3)).max():.2f}; "
-              f"PSNR on unseen combinations {psnr(vae, unseen(drawings)):.2f} dB", flush=True)  # fmt: skip
+        if name == "joint":
+            many = drawings.compose(*drawings.draw(rows, 512, seeded(np.random.default_rng(seed), drawings.device)))
+            z = encode(vae, many)
+            vae.register_to_config(scaling_factor=float(1 / z.std()))
+            print(f"latents: std by channel {z.std((0, 2, 3)).min():.2f} .. {z.std((0, 2, 3)).max():.2f}")
+        print(f"PSNR on unseen combinations {psnr(vae, unseen(drawings)):.2f} dB", flush=True)
         publish(lambda path: vae.half().save_pretrained(path), "vae", MODEL)
 
-    return Stage("vae", lambda steps: TrainVAE(steps, rate), make, finish, seed, ema=0.99)
+    return Stage(name, build, make, finish, seed, ema=0.99)
 
 
 def main() -> None:
-    args = command_line(__doc__, steps=5000, batch=64, rate=1.5e-3)
+    args = command_line(__doc__, steps=4000, batch=16, rate=1.5e-3, stages=("joint", "decoder"))
     drawings = Drawings.load(args.device)
-    stage(drawings, args.batch, args.rate, args.seed).run(args.steps, args.minutes)
+    stage(drawings, args.stage, args.batch, args.rate, args.seed).run(args.steps, args.minutes)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,19 @@
 
 Three styles draw the same code points: Fluent Emoji in 3D (npm `@lobehub/fluent-emoji-3d`, MIT), Fluent Emoji flat
 (`@iconify-json/fluent-emoji-flat`, MIT) and Noto Emoji (`@iconify-json/noto`, Apache-2.0). A `Look` is what a caption
-tells of one drawing: style, subject, and where they apply skin, gender and hair; the background colour is put behind
+tells of one drawing: style, subject, skin, and where they apply gender and hair; the background colour is put behind
 the drawing's transparency. Names are those of Unicode's CLDR, from the package `emoji`.
 
-Signs (symbols, flags, clock faces) are left out, and drawings with two skin tones.
+People and gestures alone, all that has a skin tone: there true edits exist. Drawings with two skin tones are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 STYLES = ("3d", "flat", "noto")
 SKINS = ("yellow", "light", "medium-light", "medium", "medium-dark", "dark")
@@ -28,10 +26,8 @@ TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 HAIR_SIGNS = {"1f9b0": "red hair", "1f9b1": "curly hair", "1f9b3": "white hair", "1f9b2": "bald"}
 ADULTS = {"1f9d1": "person", "1f468": "man", "1f469": "woman"}
 GENDER_SIGNS = {"2642": "man", "2640": "woman"}
-LEFT_OUT = {"Symbols", "Flags", "Component"}
 DOING = re.compile(r"(in|with|wearing|getting|feeding|playing|gesturing|tipping|raising|lifting) "
                    r"|\w+ing$|.*hair$|beard$")  # fmt: skip
-CLOCK = re.compile(r"o’clock|-thirty")
 KINDS = ("skin", "gender", "hair", "occupation", "style", "background")
 Points = tuple[str, ...]
 Parts = tuple[Points, str | None, str | None, str | None]
@@ -123,26 +119,25 @@ def part(points: Points) -> Parts | None:
     return tuple(rest), skin, gender, hair
 
 
-def looks(points: Iterable[Points], category: dict[Points, str]) -> dict[Points, Look]:
-    """The look (in style "3d") of each drawing's code points, of those that are pictures and not signs."""
+def looks(points: Iterable[Points]) -> dict[Points, Look]:
+    """The look (in style "3d") of each drawing's code points, of those that have a skin tone, yellow included."""
     named, parts = names(), dict[Points, Parts]()
     groups: defaultdict[Points, list[Points]] = defaultdict(list)
     for key in sorted(points):
         found = part(key)
-        if found is None or key not in named or category.get(key, "Symbols") in LEFT_OUT or CLOCK.search(named[key]):
+        if found is None or key not in named:
             continue
         parts[key] = found
         groups[found[0]].append(key)
     out = {}
     for root, members in groups.items():
         genders = {parts[m][2] for m in members}
-        toned = any(parts[m][1] for m in members)
+        if not any(parts[m][1] for m in members):
+            continue
         subject = _subject(root, members, named, parts)
         for key in members:
             _, skin, gender, hair = parts[key]
-            look = Look("3d", subject)
-            if toned:
-                look = replace(look, skin=skin or SKINS[0])
+            look = Look("3d", subject, skin or SKINS[0])
             if len(genders) > 1:
                 look = replace(look, gender=gender or "person")
             if subject == "person":
@@ -170,12 +165,6 @@ def split_of(look: Look) -> str:
     """"train" (what the networks see), "tuning" (train cases of a search), "validation" or "test": by combination."""
     words = [str(v) for v in (look.style, look.subject, look.skin, look.gender, look.hair)]
     place = share("split", *words)
-    bounds = {"test": 0.07, "validation": 0.105, "tuning": 0.14} if look.skin else \
-             {"test": 0.02, "validation": 0.03, "tuning": 0.04}  # fmt: skip
+    bounds = {"test": 0.07, "validation": 0.105, "tuning": 0.14}
     return next((name for name, bound in bounds.items() if place < bound), "train")
 
-
-def categories(metadata: Path) -> dict[str, str]:
-    """Iconify's category by icon name."""
-    about = json.loads(metadata.read_text())["categories"]
-    return {icon: group for group, icons in about.items() for icon in icons}
