@@ -46,17 +46,21 @@ updates than one."""
 QUICK_FEATURES = MORE_FEATURES[:1]
 MANY, SLOW = 8, 0.03
 """From so many calls on, at 45 dB and more, steps of the usual rate go past the optimum: half the rate there."""
+STEADY = ("gradient.draws=8", "gradient.average=0.8", "gradient.updates=32", "probe.start=dials")
+"""Where 240 weights learn 96 pictures by heart: more start noises, more updates and the mean of the last ones; dials
+first, and from what they have reached everything, in finer steps."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One number of calls of one sampler: seeds of the learned arm, of the dials without weights, and of what is
-    learned by PSNR and the scorer's features together; whether all controls are run."""
+    learned by PSNR and the scorer's features together; whether all controls are run; more settings."""
 
     learned: int
     dials: int
     features: int = 0
     controls: bool = False
+    more: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> dict[str, int]:
@@ -65,7 +69,7 @@ class Part:
 
 PLAN = {
     "dpmpp_2m": {3: Part(5, 3, 0, True), 2: Part(5, 3, 5, True), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2),
-                 10: Part(5, 1)},
+                 10: Part(5, 5, more=STEADY)},
     # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
     "ddim": {4: Part(5, 2), 3: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2), 10: Part(5, 2)},
 }
@@ -92,6 +96,8 @@ class Bench:
         name = f"{sampler}-{calls}"
         if calls >= MANY and not self.quick:
             words.append(f"gradient.rate={SLOW}")
+        part = self.plan[sampler].get(calls)
+        words += part.more if part else ()
         if features:
             words, name = [*words, *(QUICK_FEATURES if self.quick else MORE_FEATURES)], f"{name}-features"
         return Search(config.load(RECIPE, words), self.folder / name, Silent(), self.folder / "teacher")

@@ -220,7 +220,8 @@ class ProbeSettings:
 
     start: from `scores` by rank, in [low, high]; `gradient`, a step along the slope of the objective, or
     `gauss_newton`, the step of most reward for how much it moves the output (both need an objective with a gradient);
-    auto: `gauss_newton` if there is one, else `scores`; none: from the plain model alone.
+    auto: `gauss_newton` if there is one, else `scores`; dials: no probe, but what the arm of the same sampler's dials
+    without weights has learned, from where a gradient goes at a third of its rate; none: from the plain model alone.
     trust: how far these two go (largest log-gain; relative movement of the output).
     """
 
@@ -234,7 +235,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         one_of(tuple(PROBES), "probe.name", self.name)
-        one_of(("auto", "scores", "gradient", "gauss_newton", "none"), "probe.start", self.start)
+        one_of(("auto", "scores", "gradient", "gauss_newton", "dials", "none"), "probe.start", self.start)
         check(0 < self.trust < math.inf, "probe.trust", self.trust, "must be above 0 and finite")
         at_least_one(self, "probe", "cases")
         fits = 0 < self.low < self.high < math.inf

@@ -99,6 +99,17 @@ def chosen(names: Sequence[str]) -> list[ArmSpec]:
     return [ARMS[name] for name in names or USUAL]
 
 
+def dials_alone(spec: ArmSpec, arms: Sequence[ArmSpec], learn: Sequence[str]) -> ArmSpec | None:
+    """Of `arms` the one that learns the same of the sampler's dials as `spec` without its weights, if there is one.
+
+    learn: the recipe's `steps.learn`.
+    """
+    if not (spec.learned and spec.weights):
+        return None
+    wanted = set(learn if spec.steps is None else spec.steps)
+    return next((arm for arm in arms if arm.learned and not arm.weights and set(arm.steps or ()) == wanted), None)
+
+
 @dataclass
 class Arm:
     """An arm that was found, and how. Scores are means of the objective over the split's cases."""

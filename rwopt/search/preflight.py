@@ -27,7 +27,7 @@ from rwopt.objectives.weights import in_bytes
 from rwopt.sampling.backprop import GradientPath, keeps_activations
 from rwopt.sampling.denoise import Condition, predict
 from rwopt.sampling.memory import update_memory
-from rwopt.search.arms import ArmSpec
+from rwopt.search.arms import ArmSpec, dials_alone
 from rwopt.search.experiment import Experiment
 from rwopt.tasks import Task
 from rwopt.tasks.cases import SPLITS, notes
@@ -132,7 +132,9 @@ def planned_calls(
         elif spec.planned:
             calls = search
         elif spec.learned:
-            starts = 1 if settings.probe.start == "none" or not spec.weights else 2
+            first = dials_alone(spec, arms, settings.steps.learn)
+            probed = spec.weights and settings.probe.start not in ("none", "dials")
+            starts = 1 + (probed or (settings.probe.start == "dials" and first is not None))
             rounds = max(0, tuner.trials - starts) if tuner.name in ("auto", "gradient") else 0
             calls = evaluations * train * own + round(rounds * gradient.updates * update) + chosen
         elif spec.budget == "none":

@@ -24,7 +24,7 @@ from rwopt.sampling.course import course_by_rule, course_of_steps
 from rwopt.schedule import Schedule
 from rwopt.schedule.steps import StepFunction
 from rwopt.schedule.weights import WeightFunction
-from rwopt.search.arms import ARMS, LEARNED, Arm, ArmSpec, chosen
+from rwopt.search.arms import ARMS, LEARNED, Arm, ArmSpec, chosen, dials_alone
 from rwopt.search.evaluation import OBJECTIVE
 from rwopt.search.experiment import Experiment
 from rwopt.search.identity import NAME, fingerprint, run_name
@@ -39,6 +39,10 @@ from rwopt.tasks import Dials
 from rwopt.tasks.cases import SPLITS, digest
 from rwopt.tracking import FanOut, open_tracker, wandb_mode
 from rwopt.unet.sites import group_sites, list_sites
+
+FINE = 1 / 3
+"""Pace of a gradient from learned dials on: at the whole one its first steps lose much of what they had reached (10
+calls of `benchmarks/few_steps.py`: 0.1 dB above the dials, with this 0.6)."""
 
 
 class Search:
@@ -78,6 +82,11 @@ class Search:
                 "guidance are in the learned steps already, set tuner.dial_trials=0"
             )
         make_probe(settings.probe.name, **settings.probe.options)
+        if settings.probe.start == "dials" and dials_alone(ARMS[LEARNED], self.arms, settings.steps.learn) is None:
+            raise UserError(
+                f"probe.start=dials with steps.learn={settings.steps.learn}: no arm learns these alone, add one to "
+                "arms (sampler dials: clock, told and guidance) or set probe.start=none"
+            )
         list_sites(model.unet, settings.weights.kinds)
         for name in settings.objective.sets:
             if objective_spec(name).level != "set":
@@ -205,15 +214,22 @@ class Search:
     def learn(self, dials: Arm, seed: int, spec: ArmSpec = ARMS[LEARNED], name: str = "") -> Arm:
         """A learned arm: weights and the sampler's dials at the tuned guidance and strength, then these once more."""
         name, function = name or spec.name, self.function(spec, dials.dials)
-        starts, price = {"plain": np.zeros(function.dimension)}, 0
-        if self.settings.probe.start != "none" and spec.weights:
-            starts["probe"], price = self.probing.start(function)
-        if self.planned:
+        starts, price, tried = {"plain": np.zeros(function.dimension)}, dials.calls, dials.evaluations
+        how = self.settings.probe.start
+        alone = dials_alone(spec, self.arms, self.settings.steps.learn) if how == "dials" else None
+        if alone is not None:
+            first = self.learn(dials, seed, alone, alone.name + name.removeprefix(spec.name))
+            starts["dials"] = np.array([first.values.get(number, 0.0) for number in function.names])
+            price, tried = first.calls, first.evaluations  # with those of `dials` and of a plan
+        elif how not in ("none", "dials") and spec.weights:
+            starts["probe"], probed = self.probing.start(function)
+            price += probed
+        if self.planned and alone is None:
             price += self.speed.plan().calls
         trials = 2 * self.settings.tuner.dial_trials
         weights = self.tuner.tune_weights(
             f"{name} weights" if trials else name, function, dials.dials, starts, seed, note=spec.note,
-            spent=(dials.evaluations, dials.calls + price),
+            spent=(tried, price), pace=1.0 if alone is None else FINE,
         )  # fmt: skip
         if not trials:
             return weights

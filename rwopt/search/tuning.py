@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,12 @@ class ArmTuner:
         seed: int,
         note: str = "",
         spent: tuple[int, int] = (0, 0),
+        pace: float = 1.0,
     ) -> Arm:
-        """The best theta at fixed dials. The box is each start +- radius; the `tuner` settings say who searches it."""
+        """The best theta at fixed dials. The box is each start +- radius; the `tuner` settings say who searches it.
+
+        pace: share of `gradient.rate` at which a gradient goes.
+        """
         trials = self.settings.tuner.trials
         space = theta_box(function.names, list(starts.values()), function.reach(self.settings.weights.radius))
         points = {o: dict(zip(function.names, theta.tolist(), strict=True)) for o, theta in starts.items()}
@@ -150,7 +155,8 @@ class ArmTuner:
             place = self.folder / "studies"
             if kind == "spsa":
                 return SpsaTuner(study, space, place, trials, seed, points, self.fingerprint)
-            options, splits = self.settings.gradient, self.experiment.splits
+            options = replace(self.settings.gradient, rate=pace * self.settings.gradient.rate)
+            splits = self.experiment.splits
             task = splits.prepare(splits.cases("train"), options.draws)
             problem = Problem(function, task, self.experiment.objective, dials)
 

@@ -11,12 +11,16 @@ import pytest
 from helpers.tiny import CONTROL_TRIALS, SETTINGS, TRIALS, check_files
 
 from rwopt import config
+from rwopt.errors import UserError
 from rwopt.progress import Silent
 from rwopt.sampling.course import course_by_rule
 from rwopt.schedule import Schedule
-from rwopt.search.arms import ARMS, Arm
+from rwopt.search import tuning
+from rwopt.search.arms import ARMS, Arm, dials_alone
 from rwopt.search.evaluation import OBJECTIVE
 from rwopt.search.search import Search
+from rwopt.tuners.gradient import GradientTuner
+from rwopt.tuners.options import GradientOptions
 
 NAMES = ["plain", "best solver", "best guidance", "sampler dials", "weights", "learned"]
 RECIPE = "few-steps"
@@ -190,3 +194,57 @@ def test_what_is_read_back_is_tested_as_what_was_made(
     search = Search(settings, part, Silent())
     assert search.run(COMMAND) == report
     assert (part / "schedule.json").read_bytes() == (folder / "schedule.json").read_bytes()
+
+
+def test_weights_may_begin_where_the_dials_alone_have_come(
+    settings: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """That arm's price is part of theirs, their pace is finer; weights without dials begin from the plain model."""
+    rates = {}
+
+    class Seen(GradientTuner):
+        def __init__(self, study: str, *args: Any, **rest: Any) -> None:
+            rates[study] = next(arg for arg in args if isinstance(arg, GradientOptions)).rate
+            super().__init__(study, *args, **rest)
+
+    monkeypatch.setattr(tuning, "GradientTuner", Seen)
+    changes = [*CHANGES, f"model.name={settings.model.name}", "probe.start=dials"]
+    search = Search(config.load(RECIPE, changes), tmp_path / "run", Silent(), tmp_path / "teacher")
+    dials = search.dials()
+    learned, weights = (search.make(ARMS[name], dials) for name in ("learned", "weights"))
+    alone = arm(tmp_path / "run", "sampler dials")  # made on the way, though it comes first in no list here
+    assert search.make(ARMS["sampler dials"], dials) == alone
+    history = dict(learned.history)
+    assert [origin for origin, _ in learned.history] == ["plain", "dials", *["gradient"] * (TRIALS - 2)]
+    assert [origin for origin, _ in weights.history] == ["plain", *["gradient"] * (TRIALS - 1)]
+    assert history["dials"] in [pytest.approx(value, abs=1e-4) for _, value in alone.history]
+    assert history["dials"] != history["plain"]
+    rate = search.settings.gradient.rate
+    assert rates == {"sampler dials": rate, "weights": rate, "learned": pytest.approx(rate / 3)}
+    assert learned.evaluations == alone.evaluations + TRIALS
+    assert learned.calls > alone.calls + 3 * TRIALS
+    second = search.learn(dials, 1, name="learned 1")
+    assert dict(second.history)["dials"] in [
+        pytest.approx(value, abs=1e-4) for _, value in arm(tmp_path / "run", "sampler dials 1").history
+    ]
+    changes += ["steps.learn=[guidance]"]
+    with pytest.raises(UserError, match=r"probe.start=dials with steps.learn=\['guidance'\]: no arm learns these"):
+        Search(config.load(RECIPE, changes), tmp_path / "other", Silent(), tmp_path / "teacher")
+
+
+def test_which_arm_learns_the_dials_alone() -> None:
+    every = list(ARMS.values())
+
+    def alone(name: str, learn: list[str]) -> str | None:
+        found = dials_alone(ARMS[name], every, learn)
+        return found and found.name
+
+    assert alone("learned", ["guidance", "clock", "told"]) == alone("constant", ["clock", "told", "guidance"])
+    assert alone("learned", ["clock", "told", "guidance"]) == "sampler dials"
+    assert alone("learned", ["told", "clock"]) == "clock and told"
+    assert alone("weights and clock", ["clock", "told", "guidance"]) == "clock"
+    assert alone("learned", ["told"]) is None
+    assert alone("learned", []) is None  # "plain" learns nothing
+    assert alone("weights", ["clock"]) is None
+    assert alone("sampler dials", ["clock"]) is None
+    assert dials_alone(ARMS["learned"], [ARMS["learned"]], ["clock"]) is None

@@ -9,6 +9,7 @@ from rwopt import config
 from rwopt.errors import UserError
 from rwopt.progress import Silent
 from rwopt.search import preflight
+from rwopt.search.arms import chosen
 from rwopt.search.search import Search
 
 CHANGES = [*SETTINGS, "task.train=4", "task.batch=2", "task.steps=3", "task.teacher.steps=6", "tuner.dial_trials=0",
@@ -43,6 +44,19 @@ def test_a_full_disk_is_told_before_the_first_trial(search: Search, monkeypatch:
     monkeypatch.setattr(preflight, "DISK", 2.0**60)
     with pytest.raises(UserError, match=r"^[^\n]*of disk are free[^\n]*make room$"):
         search.preflight()
+
+
+def test_a_start_takes_the_place_of_a_round_of_updates() -> None:
+    arms = chosen(["plain", "sampler dials", "weights", "learned"])
+
+    def planned(start: str) -> dict[str, int]:
+        settings = config.load("few-steps", [f"probe.start={start}"])
+        return preflight.planned_calls(settings, arms, 21, taught=True, kept=True)
+
+    plain, dials, probed = planned("none"), planned("dials"), planned("gradient")
+    assert {name for name in plain if plain[name] != dials[name]} == {"learned"}  # weights alone have no dials
+    assert {name for name in plain if plain[name] != probed[name]} == {"learned", "weights"}
+    assert plain["learned"] - dials["learned"] == plain["learned"] - probed["learned"] > 0
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(12.3, "12 s"), (600, "10 min"), (9000, "2.5 h")])
