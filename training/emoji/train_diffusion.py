@@ -1,7 +1,7 @@
 """Train the emoji model's text encoder and U-Net together. Run: `python -m training.emoji.train_diffusion`.
 
 v-prediction on Stable Diffusion's own noise table, min-SNR-5 weights (Hang et al., 2023, arXiv 2303.09556), 12 % empty
-captions for classifier-free guidance, 26 % that leave attributes out. Latents are 8 x 8 x 24, of every drawing over
+captions for classifier-free guidance, 26 % that leave attributes out. Latents are 8 x 8 x 12, of every drawing over
 every background in several poses, encoded once. Three levels of two layers, transformers at the two finer levels and
 in the middle: eleven sites, 33 attention and feed-forward branches.
 """
@@ -21,7 +21,7 @@ from training.common import publish_pipeline
 from training.diffusion import TrainDiffusion, build_text_encoder, build_tokenizer, pipeline
 from training.emoji.drawings import CACHE, MODEL, SIZE, Drawings, seeded
 from training.emoji.stages import Stage, command_line
-from training.emoji.train_vae import CHANNELS, encode
+from training.emoji.train_vae import encode
 from training.emoji.world import BACKGROUNDS, caption
 
 LENGTH, WIDTH = 24, 160
@@ -32,11 +32,11 @@ EMPTY, PARTIAL = 0.12, 0.3
 TOLD = ("style", "skin", "gender", "hair", "background")
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(channels: int) -> UNet2DConditionModel:
     unet = UNet2DConditionModel(
         sample_size=SIZE // 8,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(80, 112, 144),
@@ -51,7 +51,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 class Corpus:
-    """Latents [R, 6, P, 24, 8, 8] in half precision and token ids [R, 6, T, 24] of the train drawings."""
+    """Latents [R, 6, P, C, 8, 8] in half precision and token ids [R, 6, T, 24] of the train drawings."""
 
     def __init__(self, drawings: Drawings, vae: AutoencoderKL, seed: int, poses: int = POSES) -> None:
         rows, colours = drawings.rows("train"), list(BACKGROUNDS)
@@ -67,8 +67,8 @@ class Corpus:
         ids = self.tokens([*texts, ""])
         self.empty = ids[-1].to(drawings.device)
         self.ids = ids[:-1].view(len(looks), len(colours), TEXTS, LENGTH).to(drawings.device)
-        self.latents = torch.empty(len(looks), len(colours), poses, CHANNELS, SIZE // 8, SIZE // 8, dtype=torch.float16,
-                                   device=drawings.device)  # fmt: skip
+        self.latents = torch.empty(len(looks), len(colours), poses, vae.config.latent_channels, SIZE // 8, SIZE // 8,
+                                   dtype=torch.float16, device=drawings.device)  # fmt: skip
         for colour, pose in product(range(len(colours)), range(poses)):
             for part in torch.arange(len(rows), device=drawings.device).split(512):
                 backgrounds = torch.full_like(part, colour)
@@ -110,7 +110,9 @@ def stage(corpus: Corpus, batch: int, rate: float, seed: int) -> Stage:
         publish_pipeline(pipeline(module, corpus.tokenizer, vae), MODEL)
 
     def build(steps: int) -> TrainDiffusion:
-        return TrainDiffusion(build_text_encoder(corpus.tokenizer, WIDTH, 4), build_unet(), steps, rate)
+        return TrainDiffusion(
+            build_text_encoder(corpus.tokenizer, WIDTH, 4), build_unet(corpus.latents.shape[3]), steps, rate
+        )
 
     return Stage(
         "diffusion",
