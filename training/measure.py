@@ -14,8 +14,7 @@ from rwopt.tasks.cases import load_cases
 
 from common import MODEL, ROOT, load_pool, to_float, visible
 from judging import accuracy
-from measuring import as_labels, publish_table, sample, sheet, size_and_time, stock_pipeline
-from train_vae import psnr
+from measuring import as_labels, psnr, publish_table, sample, sheet, size_and_time, stock_pipeline
 from world import NAMES
 
 COLOURS = ("skin", "background", "clothing_color")
@@ -27,7 +26,7 @@ CEILINGS = {"seconds_16_pictures": 10.0, "megabytes": 40.0}
 def main() -> None:
     pipe = stock_pipeline(MODEL)
     unseen, values = load_pool("unseen")
-    rows: dict[str, float] = {"vae_psnr": psnr(pipe.vae, unseen[:, 0])}
+    rows: dict[str, float] = {"vae_psnr": psnr(pipe.vae, to_float(unseen[:, 0]))}
     for name in ("scorer", "judge"):
         scores = accuracy(Judge.load(name), to_float(unseen[:, 0]), torch.from_numpy(visible(values)[:, 0]))
         rows[f"{name}_accuracy"] = float(np.mean(list(scores.values())))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 
 STEPS = 20
@@ -31,6 +31,16 @@ def sample(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, 
                  output_type="np").images
         )  # fmt: skip
     return np.concatenate(parts)
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """Mean over pictures [N, 3, 64, 64] in [0, 1] of the PSNR, in dB, of decode(encode(x)) with the posterior mean."""
+    values = []
+    for x in pictures.split(64):
+        y = (vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
+        values.append(-10 * torch.log10(((x - y) ** 2).mean((1, 2, 3))))
+    return float(torch.cat(values).mean())
 
 
 def as_labels(cases: Iterable[Any], attributes: dict[str, list[str]]) -> Tensor:

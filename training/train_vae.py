@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from common import MODEL, fit, load_pool, publish, to_float
+from measuring import psnr
 
 
 def build() -> AutoencoderKL:
@@ -56,17 +57,6 @@ class TrainVAE(L.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=self.steps, pct_start=0.05)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-@torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean over pictures (uint8 [N, 64, 64, 3]) of the PSNR, in dB, of decode(encode(x)) with the posterior mean."""
-    values = []
-    for i in range(0, len(pictures), 64):
-        x = to_float(pictures[i : i + 64])
-        y = (vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
-        values.append(-10 * torch.log10(((x - y) ** 2).mean((1, 2, 3))))
-    return float(torch.cat(values).mean())
 
 
 class TrainDecoder(TrainVAE):
@@ -134,7 +124,7 @@ def main() -> None:
     else:
         vae = train_decoder(AutoencoderKL.from_pretrained(MODEL / "vae").float(), args.steps, args.seed)
     publish(lambda path: vae.half().save_pretrained(path), "vae")
-    print(f"PSNR on unseen avatars: {psnr(vae.float(), load_pool('unseen')[0][:, 0]):.2f} dB")
+    print(f"PSNR on unseen avatars: {psnr(vae.float(), to_float(load_pool('unseen')[0][:, 0])):.2f} dB")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def test_weights_may_begin_where_the_dials_alone_have_come(
     search = Search(config.load(RECIPE, changes), tmp_path / "run", Silent(), tmp_path / "teacher")
     dials = search.dials()
     learned, weights = (search.make(ARMS[name], dials) for name in ("learned", "weights"))
-    alone = arm(tmp_path / "run", "sampler dials")  # made on the way, though it comes first in no list here
+    alone = arm(tmp_path / "run", "sampler dials")  # made on the way
     assert search.make(ARMS["sampler dials"], dials) == alone
     history = dict(learned.history)
     assert [origin for origin, _ in learned.history] == ["plain", "dials", *["gradient"] * (TRIALS - 2)]

@@ -14,9 +14,9 @@ from rwopt.models.judge import Judge
 from rwopt.tasks.cases import load_cases
 from training.common import ROOT
 from training.emoji.drawings import MODEL, Drawings
-from training.emoji.train_vae import psnr, unseen
+from training.emoji.train_vae import unseen
 from training.judging import accuracy
-from training.measuring import as_labels, publish_table, sample, sheet, size_and_time, stock_pipeline
+from training.measuring import as_labels, psnr, publish_table, sample, sheet, size_and_time, stock_pipeline
 
 SCALES = (2.0, 3.0, 4.0, 6.0, 8.0)
 TARGETS = {"vae_psnr": 28.0, "judge_accuracy": 0.95, "judge_subject_of_5": 0.85, "sample_accuracy": 0.80,

@@ -22,6 +22,7 @@ from training.common import MODEL as AVATARS
 from training.common import publish
 from training.emoji.drawings import MODEL, SIZE, Drawings, seeded
 from training.emoji.stages import Stage, command_line
+from training.measuring import psnr
 
 MATTERS = 5e-5
 """Mean squared change of pictures in [-1, 1] from which on a latent channel is kept; reconstructions are 6e-3 off."""
@@ -76,16 +77,6 @@ class TrainDecoder(TrainVAE):
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Latents (posterior mean, not scaled) of pictures [N, 3, 64, 64] in [0, 1]."""
     return torch.cat([vae.encode(part * 2 - 1).latent_dist.mode() for part in pictures.split(256)])
-
-
-@torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """Mean over pictures [N, 3, 64, 64] in [0, 1] of the PSNR, in dB, of decode(encode(x)) with the posterior mean."""
-    values = []
-    for x in pictures.split(64):
-        y = (vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
-        values.append(-10 * torch.log10(((x - y) ** 2).mean((1, 2, 3))))
-    return float(torch.cat(values).mean())
 
 
 @torch.no_grad()

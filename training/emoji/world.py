@@ -167,4 +167,3 @@ def split_of(look: Look) -> str:
     place = share("split", *words)
     bounds = {"test": 0.07, "validation": 0.105, "tuning": 0.14}
     return next((name for name, bound in bounds.items() if place < bound), "train")
-
