@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from rwopt.tasks.cases import Case
+from training.common import Batches
 from training.emoji.drawings import SIDE, Drawings
 from training.emoji.measure import attributes_alone
 from training.emoji.train_diffusion import EMPTY, LENGTH, Corpus
@@ -114,3 +115,19 @@ def test_what_does_not_apply_has_no_label() -> None:
     cases, attributes = [case([]), case(["hair"])], {"skin": ["light", "dark"], "hair": ["plain", "red", "bald"]}
     assert as_labels(cases, attributes).tolist() == [[1, 2], [1, -1]]
     assert attributes_alone({"subject": 0.1, "skin": 0.8, "hair": 1.0}) == pytest.approx(0.9)
+
+
+def test_a_resumed_run_sees_what_it_would_have_seen_and_processes_see_batches_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def draw(start: int = 0) -> list[float]:
+        return list(Batches(lambda rng: rng.random(), seed=3, steps=3, start=start))
+
+    alone = draw()
+    assert draw(1) == alone[1:]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert draw() == alone
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert not {*draw()} & {*alone}
+    assert draw(1) == draw()[1:]

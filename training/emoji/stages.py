@@ -43,15 +43,16 @@ class Stage:
             optimizer.zero_grad()
         return max(int(60 * minutes / ((_now() - start) / TIMED)), 50)
 
-    def run(self, steps: int, minutes: float | None) -> None:
+    def run(self, steps: int, minutes: float | None, processes: int = 1) -> None:
         """Train and publish."""
         if minutes is not None:
             steps = self.steps_in(minutes)
         print(f"{self.name}: {steps} steps", flush=True)
         start = time.perf_counter()
-        module = fit(self.module(steps), self.make, f"emoji/{self.name}", steps, self.seed, ema=self.ema, every=1000)
-        print(f"{self.name}: {time.perf_counter() - start:.0f} s", flush=True)
-        self.finish(module)
+        module = fit(self.module(steps), self.make, f"emoji/{self.name}", steps, self.seed, self.ema, processes)
+        if module is not None:
+            print(f"{self.name}: {time.perf_counter() - start:.0f} s", flush=True)
+            self.finish(module)
 
 
 def _now() -> float:
@@ -70,6 +71,7 @@ def command_line(
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--minutes", type=float, help="instead of --steps")
     parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--processes", type=int, default=1, help="of which each has a part of the batch")
     parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

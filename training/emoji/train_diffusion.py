@@ -127,7 +127,7 @@ def main() -> None:
     args = command_line(__doc__, steps=3000, batch=128, rate=1e-3)
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval().to(args.device)
     corpus = Corpus(Drawings.load(args.device), vae, args.seed)
-    stage(corpus, args.batch, args.rate, args.seed).run(args.steps, args.minutes)
+    stage(corpus, args.batch // args.processes, args.rate, args.seed).run(args.steps, args.minutes, args.processes)
 
 
 if __name__ == "__main__":
