@@ -5,7 +5,7 @@ the learned search (and a learned control, up to three times); dials, probes and
 in them is random but the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on.
 Every number goes to `benchmarks/results/<name>.json`, and the tables between the markers of `docs/results.md` (few
 calls: `docs/few-steps.md`) and README.md are made from that file. `docs/<name>.png` shows the first seed. `--model`:
-another embedded model, whose name is added to all these, and to the markers, where a page has them.
+another embedded model, whose name is added to all these and to the markers, which stand in its own page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sharing import ROOT, add_model, choice, flag, suffix
+from sharing import ROOT, add_model, choice, flag, page, suffix
 
 from rwopt import config
 from rwopt.cli.screen import quiet
@@ -217,6 +217,6 @@ def main(recipe: str) -> None:
         write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:
-        into(ROOT.parent / "docs" / PAGES.get(recipe, "results.md"), place, markdown(result))
+        into(page(args.model, PAGES.get(recipe, "results.md")), place, markdown(result))
         if recipe == "editing":
             into(ROOT.parent / "README.md", f"short{suffix(args.model)}", short(result))

@@ -5,7 +5,7 @@ that nobody has (`--work`, then once more without it for the tables). Finished p
 killed benchmark goes on. Everything is held against the teacher, the plain model's picture from the same noise in 50
 calls of DPM++ 2M, on test cases that no search has seen. Results: `benchmarks/results/few_steps.json`; tables between
 the markers of `docs/few-steps.md` and README.md; `docs/few-steps.png`, `docs/few-steps-curve.png`. `--model`: another
-embedded model, whose name is added to all these, and to the markers, where a page has them.
+embedded model, whose name is added to all these and to the markers, which stand in its own page.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from comparison import into
 from few_steps_tables import FEATURES, carry_markdown, curve, markdown, short
-from sharing import ROOT, choice, command_line, flag, suffix, unless_taken
+from sharing import ROOT, choice, command_line, flag, page, suffix, unless_taken
 
 from rwopt import config
 from rwopt.embedded import DEFAULT
@@ -73,6 +73,8 @@ PLAN = {
     # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
     "ddim": {4: Part(5, 2), 3: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2), 10: Part(5, 2)},
 }
+OTHERS = {"dpmpp_2m": {3: Part(5, 5, 0, True), 2: Part(5, 5), 4: Part(5, 5), 6: Part(5, 5)}}
+"""For models that are not the default one: what carries over."""
 QUICK = {"dpmpp_2m": {2: Part(2, 1, 1, True)}, "ddim": {2: Part(1, 1)}}
 FULL = ["task.train=96", "task.validation=24", "task.test=256", "tuner.trials=4", "gradient.updates=16",
         "gradient.batch=24", "gradient.rate=0.06",
@@ -87,7 +89,7 @@ class Bench:
 
     def __init__(self, folder: Path, quick: bool, seeds: int, model: str = DEFAULT) -> None:
         self.folder, self.quick, self.seeds, self.model = folder, quick, seeds, model
-        self.plan: dict[str, dict[int, Part]] = QUICK if quick else PLAN
+        self.plan: dict[str, dict[int, Part]] = QUICK if quick else PLAN if model == DEFAULT else OTHERS
         self.counts = (1, 2, 3, 4) if quick else PLAIN_CALLS
 
     def search(self, sampler: str, calls: int, features: bool = False) -> Search:
@@ -330,8 +332,8 @@ def main() -> None:
     print(markdown(result), carry_markdown(result), short(result), sep="\n\n")
     if not args.quick:
         docs, end = ROOT.parent / "docs", suffix(args.model)
-        into(docs / "few-steps.md", f"few_steps{end}", markdown(result))
-        into(docs / "few-steps.md", f"carry{end}", carry_markdown(result))
+        into(page(args.model, "few-steps.md"), f"few_steps{end}", markdown(result))
+        into(page(args.model, "few-steps.md"), f"carry{end}", carry_markdown(result))
         into(ROOT.parent / "README.md", f"few-steps{end}", short(result))
         curve(result, docs / f"few-steps-curve{end}.png")
         if not args.table:

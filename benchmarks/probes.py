@@ -9,8 +9,8 @@ movement of the raw output. `exact` is the oracle on other pictures: how far the
 
 Writes `benchmarks/results/probes.json`: rows (probe, model, noise_level, rho, low, high, calls), noise_level null for
 the mean over steps; `default`, the probe that wins on the worse of the two models among those that cost at most N (1
-+ S) calls. `--model`: another embedded model, whose name is added to the file, the run folder, and the marker in the
-docs, if they have it.
++ S) calls. `--model`: another embedded model, whose name is added to the file, the run folder and the marker, which
+stands in its own page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import into, publish
-from sharing import ROOT, add_model, flag, suffix
+from sharing import ROOT, add_model, flag, page, suffix
 
 from rwopt.cli.screen import quiet
 from rwopt.models import Model, load_model
@@ -233,7 +233,7 @@ def markdown(result: dict[str, Any]) -> str:
         table = {(r["probe"], r["model"]): r for r in mine if r["noise_level"] is None}
         order = sorted(dict.fromkeys(p for p, _ in table), key=lambda p: -min(table[p, m]["rho"] for m in models))
         for probe in order:
-            cells = [_cell(table[probe, m]) for m in models]
+            cells = [cell(table[probe, m]) for m in models]
             row = table[probe, models[0]]
             cells = [str(row.get("pictures", result["pictures"])), str(row["calls"]), *cells]
             lines.append(f"| {probe} | {' | '.join(cells)} |")
@@ -244,7 +244,7 @@ def markdown(result: dict[str, Any]) -> str:
     shown = (result["default"], "voting (published)", "voting (repaired)", "reward gradient", "snr")
     for probe in dict.fromkeys(shown):
         at = {r["noise_level"]: r for r in result["rows"] if (r["probe"], r["model"]) == (probe, models[0])}
-        lines.append(f"| {probe} | " + " | ".join(_cell(at[s]) for s in levels) + " |")
+        lines.append(f"| {probe} | " + " | ".join(cell(at[s]) for s in levels) + " |")
     below = (
         f"{result['steps']} steps, {result['judges']} pictures of the oracle; mean and 95 % interval over "
         f"{result['repeats']} sets of pictures. `{result['command']}`"
@@ -253,7 +253,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def cell(row: dict[str, Any]) -> str:
     band = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     return f"{row['rho']:+.2f}{band}"
 
@@ -285,7 +285,7 @@ def main() -> None:
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{place}"
     if args.table:
         result = json.loads((ROOT / "results" / f"{place}.json").read_text())
-        into(ROOT.parent / "docs" / "probes.md", place, markdown(result))
+        into(page(args.model, "probes.md"), place, markdown(result))
         return
     probes = {name: ALL[name] for name in args.only or ALL}
     if args.quick:

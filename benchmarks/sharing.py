@@ -24,6 +24,11 @@ def suffix(model: str) -> str:
     return "" if model == DEFAULT else f"-{model}"
 
 
+def page(model: str, own: str) -> Path:
+    """Where its tables stand: the default model's in that page of the docs, another's together in a page of its own."""
+    return ROOT.parent / "docs" / (own if model == DEFAULT else f"{model}.md")
+
+
 def choice(model: str) -> list[str]:
     """The override that chooses a model and its cases in a recipe; recipes have the default by themselves."""
     return [] if model == DEFAULT else [f"model={model}"]

@@ -6,8 +6,8 @@ the plain model's picture from the same noise in 50 calls of DPM++ 2M; second co
 which papers compare with. 256 test cases that no search has seen. Finished arms are kept in the run folder, so that a
 killed benchmark goes on; two processes may share the budgets (`--work`, then once more without it for the tables).
 Results: `benchmarks/results/speed.json`; tables between the markers of `docs/speed.md`; `docs/speed.png`,
-`docs/speed-curve.png`. `--model`: another embedded model, whose name is added to all these, and to the markers, where
-the page has them.
+`docs/speed-curve.png`. `--model`: another embedded model, whose name is added to all these and to the markers, which
+stand in its own page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import into
-from sharing import ROOT, choice, command_line, flag, suffix, unless_taken
+from sharing import ROOT, choice, command_line, flag, page, suffix, unless_taken
 from speed_peers import Evolved, Prices, candidates, evolve, nearest, prices, schedule
 from speed_tables import DIALS, FEW, LEARNED, PLAN, SOLVER, curve, markdown, stage_table
 from turns import Clock, Turn, in_turns, unlike
@@ -62,7 +62,7 @@ class Bench:
 
     def __init__(self, folder: Path, quick: bool, seeds: int, model: str = DEFAULT) -> None:
         self.folder, self.quick, self.seeds, self.model = folder, quick, seeds, model
-        self.budgets = (0.5,) if quick else BUDGETS
+        self.budgets = BUDGETS if model == DEFAULT and not quick else BUDGETS[:1]
         self._searches: dict[str, Search] = {}
         self._plain: Search | None = None
 
@@ -375,8 +375,8 @@ def main() -> None:
     print(markdown(result), stage_table(result), sep="\n\n")
     if not args.quick:
         docs, end = ROOT.parent / "docs", suffix(args.model)
-        into(docs / "speed.md", f"speed{end}", markdown(result))
-        into(docs / "speed.md", f"stages{end}", stage_table(result))
+        into(page(args.model, "speed.md"), f"speed{end}", markdown(result))
+        into(page(args.model, "speed.md"), f"stages{end}", stage_table(result))
         curve(result, docs / f"speed-curve{end}.png")
         if not args.table:
             grid(bench, docs / f"speed{end}.png")
