@@ -72,8 +72,8 @@ def fit(
 ) -> L.LightningModule | None:
     """Train `module` for `steps` batches; goes on from `training/runs/<name>/last.ckpt` where there is one.
 
-    processes: so many, each with batches of its own and the mean of their gradients; on a CPU, where a second thread
-    helps little, two processes with half a batch each take half the time.
+    processes: so many, each with batches of its own and the mean of their gradients. On two cores, where a second
+    thread gains nothing, two processes with half a batch each take 0.78 of the time.
 
     Returns the module with its averaged weights, in the first process alone.
     """

@@ -12,15 +12,16 @@ from torch import Tensor
 from rwopt.models.judge import Judge
 
 
-def augment(images: Tensor, generator: torch.Generator, reach: int) -> Tensor:
-    """Shifts of up to `reach` pixels, brightness and noise: a judge must not live on single pixels."""
+def augment(images: Tensor, generator: torch.Generator, reach: int, gain: float = 0.08) -> Tensor:
+    """Shifts of up to `reach` pixels, brightness (`gain`: its standard deviation) and noise: a judge must not live on
+    single pixels."""
     n, device, (height, width) = len(images), images.device, images.shape[-2:]
     down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator, device=device).tolist()
     images = F.pad(images, (reach,) * 4, mode="replicate")[:, :, down : down + height, right : right + width]
-    gain = 1 + 0.08 * torch.randn(n, 1, 1, 1, generator=generator, device=device)
+    brightness = 1 + gain * torch.randn(n, 1, 1, 1, generator=generator, device=device)
     level = 0.04 * torch.rand(n, 1, 1, 1, generator=generator, device=device)
     noise = torch.randn(images.shape, generator=generator, device=device)
-    return (images * gain + level * noise).clamp(0, 1)
+    return (images * brightness + level * noise).clamp(0, 1)
 
 
 def mean_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:

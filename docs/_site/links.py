@@ -18,6 +18,7 @@ PLACES = {
     "README.md": "index.md",
     "data/README.md": "data.md",
     "training/README.md": "training.md",
+    "data/emoji/LICENSE.md": "emoji-licence.md",
     "LICENSE": "LICENSE.txt",
 }
 """What lies outside of docs/ -> where it is in the site."""

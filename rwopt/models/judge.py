@@ -48,11 +48,11 @@ class Judge(nn.Module):
     """Strided residual CNN for square pictures in [0, 1]; `attributes` maps a name to its values.
 
     width: of its first layer, a multiple of 8; embedding: of the identity; size: side of the pictures that it sees, in
-    pixels, a multiple of 16. Raises `UserError` for another size.
+    pixels, a multiple of 16; hidden: width of the features that all heads share. Raises `UserError` for another size.
     """
 
     def __init__(
-        self, attributes: dict[str, list[str]], width: int = 24, embedding: int = 64, size: int = 64
+        self, attributes: dict[str, list[str]], width: int = 24, embedding: int = 64, size: int = 64, hidden: int = 256
     ) -> None:
         super().__init__()
         check(size > 0 and size % 16 == 0, "judge: size", size, "give a multiple of 16")
@@ -68,10 +68,10 @@ class Judge(nn.Module):
         )
         places = (size // 16) ** 2  # the stem and three `down` halve it four times
         self.neck = nn.Sequential(
-            nn.GroupNorm(8, channels[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(places * channels[-1], 256), nn.SiLU()
+            nn.GroupNorm(8, channels[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(places * channels[-1], hidden), nn.SiLU()
         )
-        self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in self.attributes.items()})
-        self.identity, self.real = nn.Linear(256, embedding), nn.Linear(256, 1)
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(values)) for name, values in self.attributes.items()})
+        self.identity, self.real = nn.Linear(hidden, embedding), nn.Linear(hidden, 1)
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(len(self.attributes)))
 
@@ -105,7 +105,7 @@ class Judge(nn.Module):
         save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
         config = {
             "attributes": self.attributes, "width": self.width, "embedding": self.identity.out_features,
-            "size": self.size,
+            "size": self.size, "hidden": self.real.in_features,
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 

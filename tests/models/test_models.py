@@ -179,10 +179,10 @@ def test_temperature_divides_logits() -> None:
 
 def test_a_judge_is_saved_in_half_precision(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    judge = Judge({"mouth": ["smile", "serious"]}, width=8, embedding=4).eval()
+    judge = Judge({"mouth": ["smile", "serious"]}, width=8, embedding=4, hidden=12).eval()
     judge.save(tmp_path / "mine")
     again = Judge.load(tmp_path / "mine")
-    assert (again.attributes, again.size) == (judge.attributes, 64)
+    assert (again.attributes, again.size, again.real.in_features) == (judge.attributes, 64, 12)
     for name, value in judge.state_dict().items():
         assert torch.equal(again.state_dict()[name], value.half().float())
 

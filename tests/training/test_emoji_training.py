@@ -131,3 +131,9 @@ def test_a_resumed_run_sees_what_it_would_have_seen_and_processes_see_batches_of
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert not {*draw()} & {*alone}
     assert draw(1) == draw()[1:]
+
+
+def test_drawings_that_are_one(drawings: Drawings) -> None:
+    """Here only the subject makes a difference, so that an edit of the skin would have nothing to show."""
+    for one, other in product(range(len(LOOKS)), repeat=2):
+        assert drawings.same(one, other) == (LOOKS[one].subject == LOOKS[other].subject)

@@ -78,6 +78,10 @@ class Drawings:
         colour = COLOURS.to(self.device)[backgrounds][:, :, None, None]
         return (out[:, :3] + (1 - out[:, 3:]) * colour).clamp(0, 1)
 
+    def same(self, one: int, other: int) -> bool:
+        """Whether two drawings are one: some artists make no difference between genders."""
+        return bool((self.pixels[one].float() - self.pixels[other].float()).abs().mean() < 0.1)
+
     def told(self, rows: Tensor, backgrounds: Tensor) -> Tensor:
         """Labels [B, 6] of such pictures."""
         labels = self.labels[rows].clone()
