@@ -58,7 +58,7 @@ class Batches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         for step in range(self.start, self.steps):
-            yield self.make(np.random.default_rng([self.seed, step, rank] if rank else [self.seed, step]))
+            yield self.make(np.random.default_rng([self.seed, step, rank]))  # 0: that of [seed, step]
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,7 @@ from rwopt.tasks.cases import Case
 from training.common import Batches
 from training.emoji.drawings import SIDE, Drawings
 from training.emoji.measure import attributes_alone
+from training.emoji.stages import command_line
 from training.emoji.train_diffusion import EMPTY, LENGTH, Corpus
 from training.emoji.train_judges import partners
 from training.emoji.train_vae import TrainDecoder, pruned
@@ -137,3 +139,21 @@ def test_drawings_that_are_one(drawings: Drawings) -> None:
     """Here only the subject makes a difference, so that an edit of the skin would have nothing to show."""
     for one, other in product(range(len(LOOKS)), repeat=2):
         assert drawings.same(one, other) == (LOOKS[one].subject == LOOKS[other].subject)
+
+
+@pytest.mark.parametrize(
+    ("words", "shared", "said"),
+    [
+        (["--processes", "2", "--minutes", "9"], True, "--processes: give --steps, not --minutes"),
+        (["--processes", "2"], False, "unrecognized arguments: --processes 2"),
+    ],
+)
+def test_processes_that_would_not_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], shared: bool, said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    with pytest.raises(SystemExit, match="2"):
+        command_line(None, 10, 4, 1e-3, shared=shared)
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["train", "--minutes", "9"])
+    assert command_line(None, 10, 4, 1e-3, shared=shared).minutes == 9

@@ -62,17 +62,21 @@ def _now() -> float:
 
 
 def command_line(
-    text: str | None, steps: int, batch: int, rate: float, stages: tuple[str, ...] = ()
+    text: str | None, steps: int, batch: int, rate: float, stages: tuple[str, ...] = (), shared: bool = False
 ) -> argparse.Namespace:
-    """Options that every training has; `--stage` where it has several."""
+    """Options that every training has; `--stage` where it has several, `--processes` where some may share it."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     if stages:
         parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--minutes", type=float, help="instead of --steps")
     parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--processes", type=int, default=1, help="of which each has a part of the batch")
+    if shared:
+        parser.add_argument("--processes", type=int, default=1, help="of which each has a part of the batch")
     parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if shared and args.processes > 1 and args.minutes is not None:  # each would find another number of steps
+        parser.error("--processes: give --steps, not --minutes")
+    return args

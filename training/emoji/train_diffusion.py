@@ -124,7 +124,7 @@ def stage(corpus: Corpus, batch: int, rate: float, seed: int) -> Stage:
 
 
 def main() -> None:
-    args = command_line(__doc__, steps=3000, batch=128, rate=1e-3)
+    args = command_line(__doc__, steps=6800, batch=64, rate=1e-3, shared=True)
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval().to(args.device)
     corpus = Corpus(Drawings.load(args.device), vae, args.seed)
     stage(corpus, args.batch // args.processes, args.rate, args.seed).run(args.steps, args.minutes, args.processes)

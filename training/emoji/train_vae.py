@@ -148,7 +148,7 @@ def stage(drawings: Drawings, name: str, batch: int, rate: float, seed: int) -> 
 
 
 def main() -> None:
-    args = command_line(__doc__, steps=4000, batch=16, rate=1.5e-3, stages=("joint", "decoder"))
+    args = command_line(__doc__, steps=3500, batch=16, rate=1.5e-3, stages=("joint", "decoder"))
     drawings = Drawings.load(args.device)
     stage(drawings, args.stage, args.batch, args.rate, args.seed).run(args.steps, args.minutes)
 
