@@ -62,7 +62,7 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Settings:
         config = OmegaConf.merge(OmegaConf.structured(Settings), _known(whole, where))
         for place in (o for o in overrides if not is_choice(o)):
             if not _dropped(config, place):
-                config = OmegaConf.merge(config, _known(OmegaConf.create(_nested(place)), place))
+                config.merge_with(_known(OmegaConf.create(_nested(place)), place))  # `merge` would copy all each time
         place = where
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
