@@ -5,7 +5,8 @@ the learned search (and a learned control, up to three times); dials, probes and
 in them is random but the dials' sampler. Finished parts are kept in the run folder, so a killed benchmark goes on.
 Every number goes to `benchmarks/results/<name>.json`, and the tables between the markers of `docs/results.md` (few
 calls: `docs/few-steps.md`) and README.md are made from that file. `docs/<name>.png` shows the first seed. `--model`:
-another embedded model, whose name is added to all these and to the markers, which stand in its own page.
+another embedded model, whose name is added to all these and to the markers, which stand in its own page; there the
+recipe's own number of cases is searched with, and fewer baselines are asked.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ QUICK = [
 ]  # fmt: skip
 SMALLER = {"few-steps-editing": ["tuner.dial_trials=0", "task.teacher.steps=4", "steps.grids=[trailing,karras]"]}
 FULL = ["task.train=128", "task.validation=128", "task.test=256"]  # on top of the recipe
+ELSEWHERE, FEWER = FULL[-1:], ("plain", "best guidance", "analytic")  # of another model: the same, and its arms
 BLACK_BOX = ["tuner.name=optuna", "weights.group_by=kind", "weights.knots=3"]  # as many numbers as Optuna can handle
 CONTROLS = {
     "editing": {"constant": 3, "black box": 1}, "generation": {"constant": 3, "black box": 1},
@@ -99,7 +101,7 @@ def run(
     return {
         "name": recipe,
         "command": f"python benchmarks/{recipe.replace('-', '_')}.py" + (" --quick" if quick else f" --seeds {seeds}")
-        + flag(model) + "".join(f" --arm '{name}'" for name in only),
+        + flag(model) + "".join(f" --arm '{name}'" for name in only if tuple(only) != FEWER),
         "quick": quick,
         "settings": asdict(settings),
         "versions": versions(),
@@ -208,12 +210,14 @@ def main(recipe: str) -> None:
     place = recipe + suffix(args.model)
     name = f"{place}-quick" if args.quick else place
     folder = args.folder or ROOT.parent / "lightning_logs" / f"bench-{name}"
-    overrides = [*((*QUICK, *SMALLER.get(recipe, ())) if args.quick else FULL), *args.overrides]
+    default = args.model == DEFAULT
+    words = (*QUICK, *SMALLER.get(recipe, ())) if args.quick else FULL if default else ELSEWHERE
+    overrides, arms = [*words, *args.overrides], args.arm or (() if default else FEWER)
     file = ROOT / "results" / f"{name}.json"
     if args.table:
         result = json.loads(file.read_text())
     else:
-        result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick, args.arm, args.model)
+        result = run(recipe, 2 if args.quick else args.seeds, overrides, folder, args.quick, arms, args.model)
         write_text(file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), *result["verdict"], sep="\n")
     if not args.quick:

@@ -54,12 +54,12 @@ first, and from what they have reached everything, in finer steps."""
 @dataclass(frozen=True)
 class Part:
     """One number of calls of one sampler: seeds of the learned arm, of the dials without weights, and of what is
-    learned by PSNR and the scorer's features together; whether all controls are run; more settings."""
+    learned by PSNR and the scorer's features together; which controls are run; more settings."""
 
     learned: int
     dials: int
     features: int = 0
-    controls: bool = False
+    controls: tuple[str, ...] = CONTROLS[:1]
     more: tuple[str, ...] = ()
 
     @property
@@ -68,14 +68,14 @@ class Part:
 
 
 PLAN = {
-    "dpmpp_2m": {3: Part(5, 3, 0, True), 2: Part(5, 3, 5, True), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2),
+    "dpmpp_2m": {3: Part(5, 3, 0, CONTROLS), 2: Part(5, 3, 5, CONTROLS), 4: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2),
                  10: Part(5, 5, more=STEADY)},
     # in 2 calls DDIM and DPM++ 2M are one solver: first and last step are of first order
     "ddim": {4: Part(5, 2), 3: Part(5, 2), 6: Part(5, 2), 8: Part(5, 2), 10: Part(5, 2)},
 }
-OTHERS = {"dpmpp_2m": {3: Part(5, 5, 0, True), 2: Part(5, 5), 4: Part(5, 5), 6: Part(5, 5)}}
+OTHERS = {"dpmpp_2m": {calls: Part(5, 2, 0, CONTROLS[:3]) for calls in (3, 2, 4, 6)}}
 """For models that are not the default one: what carries over."""
-QUICK = {"dpmpp_2m": {2: Part(2, 1, 1, True)}, "ddim": {2: Part(1, 1)}}
+QUICK = {"dpmpp_2m": {2: Part(2, 1, 1, CONTROLS)}, "ddim": {2: Part(1, 1)}}
 FULL = ["task.train=96", "task.validation=24", "task.test=256", "tuner.trials=4", "gradient.updates=16",
         "gradient.batch=24", "gradient.rate=0.06",
         "arms=[plain,best solver,best guidance,analytic,constant,clock,sampler dials,weights,learned]"]  # fmt: skip
@@ -143,7 +143,7 @@ class Bench:
         for seed in range(min(part.features, self.seeds)):
             other = self.search(sampler, calls, features=True)
             add(FEATURES, other.learn(other.dials(), seed, name=f"{FEATURES} {seed}"))
-        for name in CONTROLS if part.controls else ("plain",):
+        for name in part.controls:
             add(name, search.make(ARMS[name], dials))
         scores = {name: [search.tuner.test(arm, metrics) for arm in group] for name, group in arms.items()}
         return search, arms, scores

@@ -10,7 +10,7 @@ movement of the raw output. `exact` is the oracle on other pictures: how far the
 Writes `benchmarks/results/probes.json`: rows (probe, model, noise_level, rho, low, high, calls), noise_level null for
 the mean over steps; `default`, the probe that wins on the worse of the two models among those that cost at most N (1
 + S) calls. `--model`: another embedded model, whose name is added to the file, the run folder and the marker, which
-stands in its own page.
+stands in its own page. Such a model is a second architecture itself: no other is trained, and `ELSEWHERE` is run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from comparison import into, publish
 from sharing import ROOT, add_model, flag, page, suffix
 
 from rwopt.cli.screen import quiet
+from rwopt.embedded import DEFAULT
 from rwopt.models import Model, load_model
 from rwopt.objectives import Objectives
 from rwopt.objectives.composite import Composite
@@ -81,6 +82,8 @@ WIDE = (
 )  # fmt: skip
 ALL = {**PROBES, **STUDENTS}
 ALL |= {f"{name}, more pictures": ALL[name] for name in WIDE}
+ELSEWHERE = (*PROBES, *(f"{name}, more pictures" for name in WIDE if name in PROBES))
+"""On another model than the default one: what is judged by the raw output."""
 
 
 def second_model(base: Model, folder: Path, steps: int) -> Model:
@@ -239,7 +242,7 @@ def markdown(result: dict[str, Any]) -> str:
             lines.append(f"| {probe} | {' | '.join(cells)} |")
         lines.append("")
     levels = sorted({r["noise_level"] for r in result["rows"] if r["noise_level"] is not None}, reverse=True)
-    lines += ["By noise level, embedded model:", "", "| probe | " + " | ".join(f"sigma {s:.2f}" for s in levels) + " |",
+    lines += [f"By noise level, {models[0]}:", "", "| probe | " + " | ".join(f"sigma {s:.2f}" for s in levels) + " |",
               "|---" * (1 + len(levels)) + "|"]  # fmt: skip
     shown = (result["default"], "voting (published)", "voting (repaired)", "reward gradient", "snr")
     for probe in dict.fromkeys(shown):
@@ -287,13 +290,14 @@ def main() -> None:
         result = json.loads((ROOT / "results" / f"{place}.json").read_text())
         into(page(args.model, "probes.md"), place, markdown(result))
         return
-    probes = {name: ALL[name] for name in args.only or ALL}
+    default = args.model == DEFAULT
+    probes = {name: ALL[name] for name in args.only or (ALL if default else ELSEWHERE)}
     if args.quick:
         args.repeats, args.pictures, args.judges, args.steps, args.train, args.sites = 2, 2, 2, 2, 3, 5
         probes = {k: (p, {**o, "rounds": 1, "epochs": 2} if p == "voting" else o, j) for k, (p, o, j) in PROBES.items()}
     quiet()
     base = load_model(args.model, dtype="float32")
-    models = [base, second_model(base, folder, args.train)]
+    models = [base, second_model(base, folder, args.train)] if default else [base]
     rows = [row for model in models for row in rows_of(model, args, probes)]
     file = ROOT / "results" / f"{place}{'-quick' * args.quick}.json"
     if args.only:
@@ -304,11 +308,11 @@ def main() -> None:
         "name": place, "command": "python benchmarks/probes.py" + " --quick" * args.quick + flag(args.model),
         "quick": args.quick, "steps": args.steps, "pictures": args.pictures, "repeats": args.repeats,
         "judges": args.judges, "sites": sites,
-        "second_model": f"UNet2DConditionModel (64, 96, 128), {args.train} training steps of 32 pictures",
+        "second_model": f"UNet2DConditionModel (64, 96, 128), {args.train} training steps of 32 pictures" * default,
         "versions": versions(), "rows": rows,
         "default": choose(rows, args.steps * (1 + min(sites.values()))),
     }  # fmt: skip
-    publish(result, markdown(result), file, "probes.md")
+    publish(result, markdown(result), file, page(args.model, "probes.md").name)
     print("default:", result["default"])
 
 

@@ -7,7 +7,7 @@ which papers compare with. 256 test cases that no search has seen. Finished arms
 killed benchmark goes on; two processes may share the budgets (`--work`, then once more without it for the tables).
 Results: `benchmarks/results/speed.json`; tables between the markers of `docs/speed.md`; `docs/speed.png`,
 `docs/speed-curve.png`. `--model`: another embedded model, whose name is added to all these and to the markers, which
-stand in its own page.
+stand in its own page; there half the time is the only budget, and no evolution is run beside the plan.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Bench:
     def __init__(self, folder: Path, quick: bool, seeds: int, model: str = DEFAULT) -> None:
         self.folder, self.quick, self.seeds, self.model = folder, quick, seeds, model
         self.budgets = BUDGETS if model == DEFAULT and not quick else BUDGETS[:1]
+        self.evolution = model == DEFAULT
         self._searches: dict[str, Search] = {}
         self._plain: Search | None = None
 
@@ -129,7 +130,8 @@ class Bench:
         yield tested(DIALS, search.learn(dials, 0, ARMS["sampler dials"], f"{DIALS} 0"))
         for seed in range(1, self.seeds):
             yield tested(LEARNED, search.learn(dials, seed, name=f"{LEARNED} {seed}"))
-        yield tested("AutoDiffusion", self.evolved(search, cost)[0])
+        if self.evolution:
+            yield tested("AutoDiffusion", self.evolved(search, cost)[0])
 
     def peers(self, search: Search, cost: Prices) -> Iterator[tuple[str, Arm]]:
         """Every published method at its best under the budget, by validation cases."""
@@ -321,7 +323,7 @@ def stages(bench: Bench, budget: float, groups: dict[str, list[Arm]]) -> dict[st
     search = bench.search(budget)
     plan = groups[PLAN][0]
     history = dict(plan.history)
-    _, course = bench.evolved(search, prices(search, bench.cost()))
+    course = bench.evolved(search, prices(search, bench.cost()))[1] if bench.evolution else []
     few = search.experiment.splits.cases("train")[: 4 if bench.quick else 16]
     task = search.experiment.splits.prepare(few)
     from rwopt.search.evaluation import score
@@ -337,9 +339,9 @@ def stages(bench: Bench, budget: float, groups: dict[str, list[Arm]]) -> dict[st
         "dials": groups[DIALS][0].validation if DIALS in groups else None,
         "weights and dials": groups[LEARNED][0].validation,
         "plan_price": plan_price(search, plan),
-        "evolution_price": course[-1][0],
+        "evolution_price": course[-1][0] if course else None,
         "evolution_reached": reached,
-        "evolution_best": course[-1][1],
+        "evolution_best": course[-1][1] if course else None,
         "plan_there": goal,
         "first steps full": first_full(plan),
         "chosen": bench.search(budget).chosen([g[0] for n, g in groups.items() if n in (PLAN, SOLVER)]).name,

@@ -40,11 +40,12 @@ def stage_table(result: dict[str, Any]) -> str:
         return "" if value is None else f"{value:{form}}"
 
     for s in result["searches"]:
-        beside = s["evolution_best"] - s["plan_there"]
+        best = s["evolution_best"]
+        beside = None if best is None else best - s["plan_there"]
         lines.append(
             f"| {s['budget']:g} | {s['proposals']} | {number(s['best prediction'])} | "
             f"{number(s['chosen on validation cases'])} | {number(s['dials'])} | {number(s['weights and dials'])} | "
-            f"{s['plan_price']:,} | {s['evolution_price']:,} | {beside:+.2f} |"
+            f"{s['plan_price']:,} | {number(s['evolution_price'], ',')} | {number(beside, '+.2f')} |"
         )
     return "\n".join([*lines, "", "dB on validation cases; evolution and plan on its own train cases. "
                       f"`{result['command']}`"])
