@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 from comparison import into
 from few_steps import Bench
-from sharing import ROOT, command_line, page, suffix, unless_taken
+from sharing import ROOT, command_line, page, result_of, suffix, unless_taken
 
 from rwopt.embedded import DEFAULT, FOLDERS
-from rwopt.files import write_text
 from rwopt.schedule import Schedule
 from rwopt.search.arms import ARMS, Arm
 from rwopt.search.evaluation import OBJECTIVE, Scores, compare, interval
@@ -34,6 +33,7 @@ from rwopt.unet.mapping import map_schedule
 
 SAMPLER = "dpmpp_2m"
 CALLS = (2, 3, 4, 6)
+EVOLUTION = "AutoDiffusion"  # has no rule, and was run on the default model alone
 PLAIN, OWN, DIALS, FILE = "best solver", "learned here", "dials alone", "whole file"
 
 
@@ -92,7 +92,7 @@ class Across:
         }  # fmt: skip
         for seed, arm in enumerate(self.learned(transfer.source, transfer.calls)):
             for form, schedule in self.carried(transfer, arm).items():
-                groups[form].append(search.tuner.fixed(f"{transfer.source}'s {form} {seed}", schedule))
+                groups[form].append(search.tuner.fixed(f"{form} of {transfer.source} {seed}", schedule))
         return {name: [search.tuner.test(arm, metrics) for arm in group] for name, group in groups.items()}
 
     def carried(self, transfer: Transfer, arm: Arm) -> dict[str, Schedule]:
@@ -165,8 +165,6 @@ def markdown(result: dict[str, Any]) -> str:
 
 # both models' findings
 
-Finding = tuple[str, Callable[[str], str]]
-
 
 def _result(name: str, model: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / "results" / f"{name}{suffix(model)}.json").read_text())
@@ -216,7 +214,7 @@ def _planned(other: str) -> Callable[[str], str]:
         pairs = {p["b"]: p for p in result["paired"] if (p["budget"], p["a"]) == (0.5, "plan and weights")}
         if other in pairs:
             return _difference(pairs[other])
-        own = {"plain", "best solver", "learned few steps", "plan", "plan and dials", "plan and weights"}
+        own = {"plain", "best solver", "learned few steps", "plan", "plan and dials", "plan and weights", EVOLUTION}
         best = max((r for r in result["rows"] if r["budget"] == 0.5 and r["method"] not in own),
                    key=lambda r: r["psnr_converged"])  # fmt: skip
         return f"{_difference(pairs[best['method']])} ({best['method']})"
@@ -233,30 +231,45 @@ def _probed(probe: str) -> Callable[[str], str]:
     return text
 
 
-FINDINGS: tuple[Finding, ...] = (
-    *((f"few calls: learned − best plain sampler, {n} calls, dB", _few(n, "best solver")) for n in CALLS),
-    *((f"few calls: learned − the sampler's dials, {n} calls, dB", _few(n, "sampler dials")) for n in CALLS),
-    *((f"few calls: learned − tuned guidance, {n} calls, dB", _few(n, "best guidance")) for n in CALLS[:2]),
-    *((f"few calls: learned − the paper's schedule, {n} calls, dB", _few(n, "analytic")) for n in CALLS[:2]),
-    *((f"few calls: plain calls like {n} learned ones", _worth(n)) for n in CALLS),
-    *((f"few calls: judge accuracy, best plain and learned, {n} calls", _judged(n)) for n in CALLS[:2]),
+FEW: tuple[tuple[str, Callable[[int], Callable[[str], str]]], ...] = (
+    ("learned − best plain sampler, dB", lambda calls: _few(calls, "best solver")),
+    ("learned − tuned guidance, dB", lambda calls: _few(calls, "best guidance")),
+    ("learned − the paper's schedule, dB", lambda calls: _few(calls, "analytic")),
+    ("learned − the sampler's dials, no weights, dB", lambda calls: _few(calls, "sampler dials")),
+    ("plain calls that are worth as much", _worth),
+    ("judge accuracy: best plain, learned", _judged),
+)
+"""By number of calls."""
+FINDINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("edits: learned − plain, objective", _edited("plain", "objective")),
     ("edits: learned − plain, objective by the judge", _edited("plain", "judge.objective")),
     ("edits: learned − tuned guidance, objective by the judge", _edited("best guidance", "judge.objective")),
     ("edits: learned − the paper's schedule, objective by the judge", _edited("analytic", "judge.objective")),
     ("edits: learned − tuned guidance, PSNR to the true edit, dB", _edited("best guidance", "truth.psnr")),
-    ("probes, rho to exact values: the paper's voting", _probed("voting (published)")),
-    ("probes, rho to exact values: ablation", _probed("ablation")),
-    ("probes, rho to exact values: Shapley, one order", _probed("shapley, 1 order")),
     ("half the time: plan and weights − best plain sampler, dB", _planned("best solver")),
-    ("half the time: plan and weights − best published method, dB", _planned("")),
+    ("half the time: plan and weights − best published rule, dB", _planned("")),
+    ("probes, rank correlation with exact values: the paper's voting", _probed("voting (published)")),
+    ("probes: leave one out", _probed("ablation")),
+    ("probes: Shapley, one order", _probed("shapley, 1 order")),
 )  # fmt: skip
 
 
+def _told(text: Callable[[str], str], model: str) -> str:
+    try:
+        return text(model)
+    except FileNotFoundError:
+        return "not measured"
+
+
 def findings() -> str:
-    """Both models' numbers side by side."""
-    lines = [f"| | {' | '.join(FOLDERS)} |", "|---|" + "---|" * len(FOLDERS)]
-    lines += [f"| {what} | {' | '.join(text(model) for model in FOLDERS)} |" for what, text in FINDINGS]
+    """Both models' numbers side by side: few calls by their number, and all else."""
+    lines = ["| few calls | model | " + " | ".join(map(str, CALLS)) + " |", "|---|---|" + "---|" * len(CALLS)]
+    for what, of in FEW:
+        lines += [
+            f"| {what} | {model} | {' | '.join(_told(of(calls), model) for calls in CALLS)} |" for model in FOLDERS
+        ]
+    lines += ["", f"| | {' | '.join(FOLDERS)} |", "|---|" + "---|" * len(FOLDERS)]
+    lines += [f"| {what} | {' | '.join(_told(text, model) for model in FOLDERS)} |" for what, text in FINDINGS]
     about = "Differences are means over 256 test cases and the search seeds of the tables below; bold: the interval"
     return "\n".join([*lines, "", f"{about} leaves out zero."])
 
@@ -265,11 +278,9 @@ def main() -> None:
     quick = "some minutes: 2 calls, few cases and updates, own file"
     args = command_line("across", __doc__, quick, 5, "of learned files")
     bench = Across(args.quick, args.seeds)
-    if args.work:
-        bench.work()
+    result = result_of(args, bench, run)
+    if result is None:
         return
-    result = json.loads(args.file.read_text()) if args.table else run(bench)
-    write_text(args.file, json.dumps(result, indent=1) + "\n")
     print(markdown(result))
     if not args.quick:
         other = next(name for name in FOLDERS if name != DEFAULT)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from comparison import into
 from few_steps_tables import FEATURES, carry_markdown, curve, markdown, short
-from sharing import ROOT, choice, command_line, flag, page, suffix, unless_taken
+from sharing import ROOT, choice, command_line, flag, page, result_of, suffix, unless_taken
 
 from rwopt import config
 from rwopt.embedded import DEFAULT
@@ -324,11 +324,9 @@ def main() -> None:
     quick = "some minutes: few cases and updates, own file"
     args = command_line("few_steps", __doc__, quick, 5, "at most so many of each arm", models=True)
     bench = Bench(args.folder, args.quick, args.seeds, args.model)
-    if args.work:
-        bench.work()
+    result = result_of(args, bench, run)
+    if result is None:
         return
-    result = json.loads(args.file.read_text()) if args.table else run(bench)
-    write_text(args.file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), carry_markdown(result), short(result), sep="\n\n")
     if not args.quick:
         docs, end = ROOT.parent / "docs", suffix(args.model)

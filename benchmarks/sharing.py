@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from rwopt.cli.screen import quiet
 from rwopt.embedded import DEFAULT, FOLDERS
 from rwopt.errors import UserError
-from rwopt.files import locked
+from rwopt.files import locked, write_text
 
 ROOT = Path(__file__).resolve().parent
 
@@ -72,3 +74,24 @@ def unless_taken(folder: Path, name: str, job: Callable[[], object]) -> None:
     except UserError as error:
         if "another search" not in str(error):
             raise
+
+
+class Shared(Protocol):
+    """A benchmark whose work processes may share."""
+
+    def work(self) -> None: ...
+
+
+B = TypeVar("B", bound=Shared)
+
+
+def result_of(args: argparse.Namespace, bench: B, run: Callable[[B], dict[str, Any]]) -> dict[str, Any] | None:
+    """The content of the result file, made by `run` and kept there, or with --table read; None after --work."""
+    if args.work:
+        bench.work()
+        return None
+    if args.table:
+        return dict(json.loads(args.file.read_text()))
+    result = run(bench)
+    write_text(args.file, json.dumps(result, indent=1) + "\n")
+    return result

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import into
-from sharing import ROOT, choice, command_line, flag, page, suffix, unless_taken
+from sharing import ROOT, choice, command_line, flag, page, result_of, suffix, unless_taken
 from speed_peers import Evolved, Prices, candidates, evolve, nearest, prices, schedule
 from speed_tables import DIALS, FEW, LEARNED, PLAN, SOLVER, curve, markdown, stage_table
 from turns import Clock, Turn, in_turns, unlike
@@ -369,11 +369,9 @@ def main() -> None:
     quick = "minutes: one budget, few cases and updates, own file"
     args = command_line("speed", __doc__, quick, 5, "of plan and weights", models=True)
     bench = Bench(args.folder, args.quick, args.seeds, args.model)
-    if args.work:
-        bench.work()
+    result = result_of(args, bench, run)
+    if result is None:
         return
-    result = json.loads(args.file.read_text()) if args.table else run(bench)
-    write_text(args.file, json.dumps(result, indent=1) + "\n")
     print(markdown(result), stage_table(result), sep="\n\n")
     if not args.quick:
         docs, end = ROOT.parent / "docs", suffix(args.model)
