@@ -1,8 +1,9 @@
 """What carries over from one embedded model to the other: findings side by side, and files learned on one, used on the
 other.
 
-`python benchmarks/across.py [--quick] [--seeds 5]`. Learned files of `few_steps.py` (made here where its run folders
-lack them) are mapped onto the other model's U-Net by depth; their guidance is scaled by the ratio of both models' own.
+`python benchmarks/across.py [--quick] [--seeds 5]`. What `few_steps.py` learned (`results/learned/`; where that lacks a
+file it is taken from the run folder, or learned) is mapped onto the other model's U-Net by depth, and its guidance is
+scaled by the ratio of both models' own.
 Held, as there, against what the target draws itself in 50 calls, on its 256 test cases. Two processes may share the
 work (`--work`, then once more without it). Results: `benchmarks/results/across.json`; tables between the markers
 `across` and `findings` of `docs/emoji.md`. Findings come from the result files of `few_steps.py`, `editing.py`,
@@ -24,6 +25,7 @@ from few_steps import Bench
 from sharing import ROOT, command_line, page, result_of, suffix, unless_taken
 
 from rwopt.embedded import DEFAULT, FOLDERS
+from rwopt.files import write_text
 from rwopt.schedule import Schedule
 from rwopt.search.arms import ARMS, Arm
 from rwopt.search.evaluation import OBJECTIVE, Scores, compare, interval
@@ -66,10 +68,18 @@ class Across:
             self._searches[model, calls] = self.benches[model].search(SAMPLER, calls)
         return self._searches[model, calls]
 
-    def learned(self, model: str, calls: int) -> list[Arm]:
-        search = self.search(model, calls)
-        dials = search.dials()
-        return [search.learn(dials, seed, name=f"learned {seed}") for seed in range(self.seeds)]
+    def learned(self, model: str, calls: int) -> list[Schedule]:
+        """What a model has learned for a number of calls, of each seed: from `results/learned/`, where it is kept."""
+        folder = self.benches[model].folder / "files" if self.quick else ROOT / "results" / "learned"
+        path = folder / f"{model}-{calls}.json"
+        found = [Schedule.from_dict(document) for document in json.loads(path.read_text())] if path.exists() else []
+        if len(found) < self.seeds:
+            search = self.search(model, calls)
+            dials = search.dials()
+            arms = (search.learn(dials, seed, name=f"learned {seed}") for seed in range(self.seeds))
+            found = [arm.schedule for arm in arms if arm.schedule is not None]
+            write_text(path, "[" + ",\n".join(json.dumps(schedule.to_dict()) for schedule in found) + "]\n")
+        return found[: self.seeds]
 
     def work(self) -> None:
         """What is not done yet, and not in another process's hands."""
@@ -87,19 +97,20 @@ class Across:
         metrics = list(search.settings.objective.report)
         groups: dict[str, list[Arm]] = {
             PLAIN: [search.make(ARMS[PLAIN], search.dials())],
-            OWN: self.learned(transfer.target, transfer.calls),
-            DIALS: [], FILE: [],
-        }  # fmt: skip
-        for seed, arm in enumerate(self.learned(transfer.source, transfer.calls)):
-            for form, schedule in self.carried(transfer, arm).items():
+            OWN: [],
+            DIALS: [],
+            FILE: [],
+        }
+        for seed, schedule in enumerate(self.learned(transfer.target, transfer.calls)):
+            groups[OWN].append(search.tuner.kept(f"learned {seed}") or search.tuner.fixed(f"file {seed}", schedule))
+        for seed, learned in enumerate(self.learned(transfer.source, transfer.calls)):
+            for form, schedule in self.carried(transfer, learned).items():
                 groups[form].append(search.tuner.fixed(f"{form} of {transfer.source} {seed}", schedule))
         return {name: [search.tuner.test(arm, metrics) for arm in group] for name, group in groups.items()}
 
-    def carried(self, transfer: Transfer, arm: Arm) -> dict[str, Schedule]:
+    def carried(self, transfer: Transfer, schedule: Schedule) -> dict[str, Schedule]:
         """One file of the source, for the target's U-Net: its sampler's dials alone, and with the weights."""
         source, target = (self.search(name, transfer.calls).experiment for name in (transfer.source, transfer.target))
-        schedule = arm.schedule
-        assert schedule is not None
         assert schedule.steps is not None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is a guess is why this is measured
