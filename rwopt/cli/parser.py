@@ -84,7 +84,7 @@ def parser() -> Parser:
         if name == "edit":
             one.add_argument("--image", type=Path, help="source picture; or name a case with --split and --case")
             one.add_argument("--split", default="test", choices=["train", "validation", "test"], help="default test")
-            one.add_argument("--case", type=int, default=0, help="number of the embedded model's case (default 0)")
+            one.add_argument("--case", type=int, default=0, help="number of the case of an embedded model (default 0)")
             one.add_argument("--strength", type=float, help="0 .. 1 (default: the schedule's own, else 0.7)")
 
     show = verb("show", "print a schedule file: sites, noise levels, weights, where it comes from")
