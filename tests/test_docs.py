@@ -60,6 +60,8 @@ TABLES = [("editing", "comparison", "docs/results.md", "editing"),
           ("few-steps-editing", "comparison", "docs/few-steps.md", "few-steps-editing"),
           ("few_steps", "few_steps_tables.carry_markdown", "docs/few-steps.md", "carry"),
           ("few_steps", "few_steps_tables.short", "README.md", "few-steps"),
+          ("few_steps-emoji", "few_steps_tables", "docs/emoji.md", "few_steps-emoji"),
+          ("few_steps-emoji", "few_steps_tables.carry_markdown", "docs/emoji.md", "carry-emoji"),
           ("speed", "speed_tables", "docs/speed.md", "speed"),
           ("action_cost", "action_cost", "docs/speed.md", "action_cost"),
           ("speed", "speed_tables.stage_table", "docs/speed.md", "stages")]  # fmt: skip
@@ -89,6 +91,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_table_is_its_result_file(benchmark: Any, name: str, module: str, page: str, place: str) -> None:
     module, _, function = module.partition(".")
     assert between(page, place) == getattr(benchmark(module), function or "markdown")(result(name))
+
+
+def test_both_models_findings_are_their_result_files(benchmark: Any) -> None:
+    assert between("docs/emoji.md", "findings") == benchmark("across").findings()
 
 
 def cells(row: str) -> list[str]:
