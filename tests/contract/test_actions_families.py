@@ -209,7 +209,9 @@ def test_blocks_that_are_loaded_together(tmp_path: Path) -> None:
         acts = attachment.acts(actions)
         expected = picture(ours(attachment, acts, rest, None, calls), twin.x[:1], calls)
         load(twin.unet, 2, "after")
-        assert torch.equal(picture(ours(attachment, acts, rest, None, calls), twin.x[:1], calls), expected)
+        again = picture(ours(attachment, acts, rest, None, calls), twin.x[:1], calls)
+        # weights read from a file lie elsewhere in memory, which some processors' matrix products see in the last digit
+        torch.testing.assert_close(again, expected, rtol=1e-10, atol=1e-10)
     for count in (1, 2):
         twin = made("sdxl")
         load(twin.unet, count, str(count))

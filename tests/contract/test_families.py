@@ -105,7 +105,7 @@ class Stage:
             expected = self.stock(task, strength)
         assert got.isfinite().all()
         assert got.shape == expected.shape == (2, *self.model.latent_shape)
-        assert distance(got, expected) < 3e-5
+        assert distance(got, expected) < 1e-4  # with AVX2 alone 4e-5, with AVX-512 below 3e-5
         assert distance(got[:1], got[1:]) > 1e-3  # another prompt, another noise
         result: Tensor = got
         return result
