@@ -236,7 +236,7 @@ def markdown(result: dict[str, Any]) -> str:
         table = {(r["probe"], r["model"]): r for r in mine if r["noise_level"] is None}
         order = sorted(dict.fromkeys(p for p, _ in table), key=lambda p: -min(table[p, m]["rho"] for m in models))
         for probe in order:
-            cells = [_cell(table[probe, m]) for m in models]
+            cells = [cell(table[probe, m]) for m in models]
             row = table[probe, models[0]]
             cells = [str(row.get("pictures", result["pictures"])), str(row["calls"]), *cells]
             lines.append(f"| {probe} | {' | '.join(cells)} |")
@@ -247,7 +247,7 @@ def markdown(result: dict[str, Any]) -> str:
     shown = (result["default"], "voting (published)", "voting (repaired)", "reward gradient", "snr")
     for probe in dict.fromkeys(shown):
         at = {r["noise_level"]: r for r in result["rows"] if (r["probe"], r["model"]) == (probe, models[0])}
-        lines.append(f"| {probe} | " + " | ".join(_cell(at[s]) for s in levels) + " |")
+        lines.append(f"| {probe} | " + " | ".join(cell(at[s]) for s in levels) + " |")
     below = (
         f"{result['steps']} steps, {result['judges']} pictures of the oracle; mean and 95 % interval over "
         f"{result['repeats']} sets of pictures. `{result['command']}`"
@@ -256,7 +256,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def cell(row: dict[str, Any]) -> str:
     band = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     return f"{row['rho']:+.2f}{band}"
 

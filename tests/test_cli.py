@@ -233,6 +233,15 @@ def test_sample_draws_plain_and_scheduled(said: Any, here: Path, schedule_file: 
         assert "=0" in err or "/nowhere" in err
 
 
+@pytest.mark.parametrize(("model", "own"), [("emoji", 3), ("avatars", 4)])
+def test_an_embedded_model_draws_at_its_own_guidance(said: Any, here: Path, model: str, own: int) -> None:
+    draw = "sample", "--model", model, "--caption", "woman, red hair", "--steps", 2
+    for name, more in (("unsaid", []), ("own", ["--guidance", own]), ("other", ["--guidance", 6])):
+        assert said(*draw, *more, "--out", f"{name}.png")[0] == 0
+    assert (columns(here / "unsaid.png") == columns(here / "own.png")).all()
+    assert (columns(here / "unsaid.png") != columns(here / "other.png")).any()
+
+
 def test_edit_takes_a_case_or_a_picture(said: Any, here: Path, schedule_file: Path) -> None:
     assert said("edit", "--case", 3, "--steps", 2, "--out", "a.png")[0] == 0
     assert said("edit", "--case", 3, "--steps", 2, "--out", "same.png")[0] == 0

@@ -78,7 +78,8 @@ def parser() -> Parser:
         one.add_argument("--steps", type=int, help="U-Net calls (default: the schedule's own, else 20)")
         one.add_argument("--sampler", choices=list(SAMPLERS), help="default: the schedule's own, else ddim")
         one.add_argument("--grid", help=f"{', '.join(GRIDS)}, or sigmas as 14.6,2.9,0.3 (default trailing)")
-        one.add_argument("--guidance", type=float, help="guidance scale (default: the schedule's own, else 4)")
+        about = "guidance scale (default: the schedule's own, else an embedded model's, else 4)"
+        one.add_argument("--guidance", type=float, help=about)
         one.add_argument("--seed", type=int, default=0, help="another number, another start noise (default 0)")
         one.add_argument("--out", type=Path, default=Path(f"{name}.png"), help=f"picture file (default {name}.png)")
         if name == "edit":

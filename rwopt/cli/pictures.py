@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rwopt.cli.screen import quiet, say
@@ -11,6 +12,7 @@ from rwopt.embedded import DEFAULT, FOLDERS
 from rwopt.errors import UserError
 
 if TYPE_CHECKING:
+    from rwopt.tasks import Dials
     from rwopt.tasks.cases import Case
 
 
@@ -52,4 +54,14 @@ def side_by_side(args: argparse.Namespace, cases: Sequence[Case]) -> None:
     schedule = None if args.schedule is None else Schedule.load(args.schedule)
     strength = getattr(args, "strength", None)
     dials = args.steps, args.guidance, strength, args.sampler, args.grid
-    print(pictures(cases, args.out, schedule, args.model, *dials, say))
+    print(pictures(cases, args.out, schedule, args.model, *dials, say, usual_dials(args.model)))
+
+
+def usual_dials(model: str) -> Dials:
+    """Where neither a file nor the user says: an embedded model's own, from its recipe; else what is usual."""
+    from rwopt import config
+    from rwopt.search.comparison import USUAL
+
+    if model not in FOLDERS or model == DEFAULT:
+        return USUAL
+    return replace(USUAL, guidance=config.load("generation", [f"model={model}"]).dials.guidance)

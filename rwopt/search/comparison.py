@@ -60,6 +60,8 @@ def compare_schedules(settings: Settings, schedules: Mapping[str, Schedule], spl
     )  # fmt: skip
 
 
+USUAL = Dials(guidance=4.0, strength=0.7)
+"""Of a model that has none of its own."""
 LONG = 50
 """U-Net calls of the plain picture that a schedule with steps is shown beside."""
 
@@ -95,12 +97,14 @@ def pictures(
     sampler: str | None = None,
     grid: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    usual: Dials = USUAL,
 ) -> Path:
     """Pictures of the cases, plain and scheduled side by side in one file; edits if the cases have source pictures.
 
-    steps, guidance, strength, sampler: None for what the schedule was calibrated with. A schedule with steps of its own
-    also stands beside the plain model's picture in `LONG` calls. say: takes a line for each thing that was changed on
-    the way: a picture cut to the model's size, the end of a caption that is lost, steps carried over to another use.
+    steps, guidance, strength, sampler: None for what the schedule was calibrated with, else 20 DDIM steps at
+    the `usual` dials. A schedule with steps of its own also stands beside the plain model's picture in `LONG` calls.
+    say: takes a line for each thing that was changed on the way: a picture cut to the model's size, the end of a
+    caption that is lost, steps carried over to another use.
     """
     loaded = load_model(model)
     if schedule is not None and schedule.steps is not None:
@@ -114,7 +118,7 @@ def pictures(
             )
         steps, sampler = len(own_steps), own_steps.sampler
     edit = cases[0].source is not None
-    own = own_dials(schedule, Dials(4.0, 0.7))
+    own = own_dials(schedule, usual)
     given = own.strength if strength is None else strength
     dials = replace(own, guidance=own.guidance if guidance is None else guidance, strength=given if edit else 1.0)
     made: Mapping[str, Any] = {} if schedule is None else schedule.calibrated
