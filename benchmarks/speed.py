@@ -7,7 +7,7 @@ which papers compare with. 256 test cases that no search has seen. Finished arms
 killed benchmark goes on; two processes may share the budgets (`--work`, then once more without it for the tables).
 Results: `benchmarks/results/speed.json`; tables between the markers of `docs/speed.md`; `docs/speed.png`,
 `docs/speed-curve.png`. `--model`: another embedded model, whose name is added to all these and to the markers, which
-stand in its own page; there half the time is the only budget, and no evolution is run beside the plan.
+stand in its own page; there half the time is the only budget, without a curve, and no evolution is run beside the plan.
 """
 
 from __future__ import annotations
@@ -377,7 +377,8 @@ def main() -> None:
         docs, end = ROOT.parent / "docs", suffix(args.model)
         into(page(args.model, "speed.md"), f"speed{end}", markdown(result))
         into(page(args.model, "speed.md"), f"stages{end}", stage_table(result))
-        curve(result, docs / f"speed-curve{end}.png")
+        if len(bench.budgets) > 1:
+            curve(result, docs / f"speed-curve{end}.png")
         if not args.table:
             grid(bench, docs / f"speed{end}.png")
 

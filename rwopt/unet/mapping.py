@@ -24,7 +24,8 @@ def map_schedule(schedule: Schedule, unet: nn.Module, by: str = "name") -> Sched
     """The schedule for `unet`.
 
     by: name, every site must exist there under its own name; depth, each site of the same kind on the same side (down,
-    mid, up) takes the weights found at its relative depth, linearly between the schedule's sites, and a warning tells.
+    mid, up) takes the weights found at its relative depth, linearly between the schedule's sites, and a warning tells:
+    between the two embedded models such weights lose up to 2.7 dB, while `steps` alone carry over (docs/emoji.md).
 
     Raises UserError if names are absent, or if by depth no site corresponds, or by depth for a schedule with actions:
     what a U-Net's calls can do without is its own.
