@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rwopt.config import Settings
+from rwopt.config.settings import DialSettings
 from rwopt.embedded import DEFAULT
 from rwopt.errors import UserError, one_of
 from rwopt.models import load_model
@@ -60,7 +61,7 @@ def compare_schedules(settings: Settings, schedules: Mapping[str, Schedule], spl
     )  # fmt: skip
 
 
-USUAL = Dials(guidance=4.0, strength=0.7)
+USUAL = Dials(DialSettings.guidance, DialSettings.strength)
 """Of a model that has none of its own."""
 LONG = 50
 """U-Net calls of the plain picture that a schedule with steps is shown beside."""
