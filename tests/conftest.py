@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,12 @@ from helpers.small import hooks_of, make_tiny_unet
 
 from rwopt import cli
 from rwopt.models import Model, load_model
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: without it a full collection looks at 140 000 objects and not at 640 000."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -163,10 +163,16 @@ def checkpointed_blocks(net: Any) -> Iterator[None]:
     Afterwards every block's own switch is as it was; while a block is run again, all are on as they were the first
     time, since a block may hold others. Not for two threads with one network.
     """
-    parts = [module for module in net.modules() if hasattr(module, "gradient_checkpointing")]
+    with _switched(net, [module for module in net.modules() if hasattr(module, "gradient_checkpointing")]):
+        yield
+
+
+@contextmanager
+def _switched(net: Any, parts: Sequence[Any]) -> Iterator[None]:
+    """`checkpointed_blocks` of a network whose `parts` with a switch are known: a hundred blocks ask for them."""
     before = [(part.gradient_checkpointing, getattr(part, "_gradient_checkpointing_func", None)) for part in parts]
     if not all(on for on, _ in before):
-        net.enable_gradient_checkpointing(partial(_checkpointed, net))
+        net.enable_gradient_checkpointing(partial(_checkpointed, net, parts))
     try:
         yield
     finally:
@@ -174,11 +180,11 @@ def checkpointed_blocks(net: Any) -> Iterator[None]:
             part.gradient_checkpointing, part._gradient_checkpointing_func = on, function
 
 
-def _checkpointed(net: Any, part: Any, *args: Any) -> Any:
+def _checkpointed(net: Any, parts: Sequence[Any], part: Any, *args: Any) -> Any:
     """What diffusers calls in place of `part(*args)`."""
 
     def run(*args: Any) -> Any:
-        with checkpointed_blocks(net):
+        with _switched(net, parts):
             return part(*args)
 
     return checkpoint(run, *args, use_reentrant=False)

@@ -215,7 +215,7 @@ def test_lora_between_schedule_and_compile(how: str) -> None:
 
 def test_a_replaced_layer_is_followed() -> None:
     twin = make_small()
-    resnet = twin.unet.mid_block.resnets[0]
+    resnet = twin.unet.down_blocks[0].resnets[0]
     followed = Followed(resnet, "conv2", lambda *_: None)
     old, resnet.conv2 = resnet.conv2, copy.deepcopy(resnet.conv2)
     resnet.conv2._forward_hooks.clear()

@@ -49,8 +49,11 @@ def test_every_task_under_every_sampler(pipelines: Any, task: str, how: str) -> 
         return
     unet = pipe.unet
     before, plain, ids = state(unet), run(pipe, call), ids_of(unet, KINDS)
-    with apply(pipe, Schedule.constant(ids, [10.0, 0.1])):
-        assert torch.equal(run(pipe, call), plain)
+    # each task runs under one of these; what an idle schedule does to a picture is not the sampler's matter
+    once = how in ("ddim", "lcm", *EXTRA.get(task, ()))
+    if once:
+        with apply(pipe, Schedule.constant(ids, [10.0, 0.1])):
+            assert torch.equal(run(pipe, call), plain)
 
     spy, levels = ramp(ids), []
     with apply(pipe, spy):
@@ -67,7 +70,8 @@ def test_every_task_under_every_sampler(pipelines: Any, task: str, how: str) -> 
         asked.remove()
         seen = list(spy.seen)
     assert state(unet) == before
-    assert torch.equal(run(pipe, call), plain)
+    if once:
+        assert torch.equal(run(pipe, call), plain)
     assert not torch.allclose(changed, plain)
 
     def weights(t: Any) -> dict[str, float]:

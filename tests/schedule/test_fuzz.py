@@ -16,7 +16,7 @@ import resource
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,11 @@ SECONDS = 1.0 if "RWOPT_FUZZ" in os.environ else 2.0  # shared cores take longer
 MEGABYTES = 200
 
 
-@pytest.fixture(autouse=True)
-def _frozen() -> Iterator[None]:
-    """What pytest holds is not to be looked through again and again on the files' account."""
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """What earlier tests left is not to be looked through again and again on the files' account."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def base_documents() -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ def test_a_teacher_is_kept_for_one_model(other: Model) -> None:
 @pytest.mark.parametrize("name", models(DEFAULT))
 def test_its_group_is_all_that_a_recipe_needs(tmp_path: Path, name: str, recipe: str) -> None:
     settings = config.load(recipe, [*EDITS, f"model={name}", "arms=[plain,learned]", "probe.start=none",
-                                    "tuner.dial_trials=0"])  # fmt: skip
+                                    "tuner.dial_trials=0", "task.teacher.steps=4"])  # fmt: skip
     assert (settings.model.name, settings.task.cases) == (name, name)
     search = Search(settings, tmp_path / "run", Silent())
     assert search.preflight().lines

@@ -25,7 +25,7 @@ from rwopt.search.search import Search
 from rwopt.tuners.storage import open_storage
 
 Run = tuple[Path, str, Path]
-ASKED = 24
+ASKED = 12
 """Trials of each study of weights."""
 
 
@@ -41,7 +41,7 @@ def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder, url = place / "run", f"sqlite:///{place / 'studies.db'}"
     open_storage(url)  # its tables: both processes start at once, so that the worker is there before it is over
     victim = rwopt("worker", "run", f"storage={url}", "--wait", 300)
-    changes = [*SETTINGS, "tuner.name=optuna", "task.train=16", f"tuner.trials={ASKED}",
+    changes = [*SETTINGS, "tuner.name=optuna", "task.train=8", f"tuner.trials={ASKED}",
                "arms=[plain,best guidance,constant,learned]"]  # fmt: skip
     search = rwopt("search", "recipe=editing", *changes, f"model.name={model}", f"tuner.storage={url}", "--out", folder)
     assert victim.stderr is not None
