@@ -224,7 +224,7 @@ def make(name: str, seed: int = 0, rows: int = 2, **changes: Any) -> Twin:
 
 
 def make_small() -> Twin:
-    """The twin of SD with one level and no middle: every kind of site, and half as many modules to trace."""
+    """The twin of SD with one level and no middle: every kind of site, and two fifths fewer modules to trace."""
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     return make("sd", **blocks, block_out_channels=(8,), mid_block_type=None)
 
