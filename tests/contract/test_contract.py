@@ -133,9 +133,6 @@ def twins() -> dict[str, Twin]:
     return {name: make(name).double() for name in NETS}
 
 
-SAMPLED = ("sd", "svd")
-"""What is asked twice at one level, or weighs nothing, is a matter of samplers: one class for each way to tell them."""
-
 EVERY = [(name, how) for name in NETS for how in SAMPLERS] + [(name, how) for name in ("sd", "svd") for how in VARIANTS]
 
 
@@ -143,21 +140,19 @@ EVERY = [(name, how) for name in NETS for how in SAMPLERS] + [(name, how) for na
 @pytest.mark.parametrize(("name", "how"), EVERY)
 @torch.no_grad()
 def test_every_class_under_every_sampler(twins: dict[str, Twin], name: str, how: str) -> None:
-    """All ones, an oracle, the noise levels, guidance in one batch or split, no trace."""
+    """All ones, an oracle, the noise levels, guidance in one batch or split, a schedule for each row, no trace."""
     twin = twins[name]
     pipe = SimpleNamespace(unet=twin.unet, scheduler=sampler(how))
     before, ids = state(twin.unet), ids_of(twin.unet, WHOLE)
     plain, _ = sampled(pipe, twin)
-    if name in SAMPLED:
-        with apply(pipe, Schedule.constant(ids, [10.0, 0.1])):
-            assert torch.equal(sampled(pipe, twin)[0], plain)
-    spy = ramp(ids)
+    with apply(pipe, Schedule.constant(ids, [10.0, 0.1])):
+        assert torch.equal(sampled(pipe, twin)[0], plain)
+    spy, other = ramp(ids), ramp(ids, seed=1)
     with apply(pipe, spy):
         spy.seen.clear()
         changed, levels = sampled(pipe, twin)
         seen = list(spy.seen)
-        if name in SAMPLED:
-            close(sampled(pipe, twin, split=True)[0], changed)
+        close(sampled(pipe, twin, split=True)[0], changed)
     assert state(twin.unet) == before
     assert not torch.allclose(changed, plain)
 
@@ -165,6 +160,16 @@ def test_every_class_under_every_sampler(twins: dict[str, Twin], name: str, how:
         return lambda t: dict(zip(ids, schedule.at(meant(pipe.scheduler, t)), strict=True))
 
     close(sampled(SimpleNamespace(unet=oracle_of(twin.unet, weights(spy)), scheduler=pipe.scheduler), twin)[0], changed)
+
+    with Attachment(twin.unet, ids) as attachment:
+
+        def rows(x: Tensor, t: Any, **rest: Any) -> Any:
+            table = np.stack([schedule.at(meant(pipe.scheduler, t)) for schedule in (spy, other)])
+            return SimpleNamespace(sample=attachment(x, t, weights=torch.tensor(table), **rest))
+
+        both, _ = sampled(SimpleNamespace(unet=rows, scheduler=pipe.scheduler), twin)
+    with apply(pipe, other):
+        close(both, torch.cat([changed[:1], sampled(pipe, twin)[0][1:]]))
 
     assert len(seen) == len(pipe.scheduler.timesteps) == {"pndm": 4, "heun": 5, "kdpm2": 5, "dpm++ sde": 5}.get(how, 3)
     if "edm" in how or "svd" in how:

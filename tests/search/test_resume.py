@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.tiny import SETTINGS, STUDIES, killed_search, save_tiny_pipeline
+from helpers.tiny import CONTROLS, SETTINGS, STUDIES, killed_search, save_tiny_pipeline
 
 from rwopt.schedule import Schedule
 
-# no study, dials, weights by gradient; all arms in `benchmarks/resume.py`
-ARMS = ["plain", "best guidance", "learned"]
-TRIALS = {name: STUDIES[name] for name in ("guidance", "learned weights", "learned")}
+# each kind once: no study, dials, a closed form, weights by gradient; all arms in `benchmarks/resume.py`
+ARMS = ["plain", "best guidance", "analytic", "learned"]
+TRIALS = {name: count for name, count in STUDIES.items() if name not in (*CONTROLS, "constant weights", "constant")}
 
 
 def test_a_killed_search_goes_on_and_asks_for_no_more_trials(tmp_path: Path) -> None:

@@ -91,9 +91,11 @@ def test_operations_of_a_call(net: Any, plain: Count, kinds: tuple[str, ...], op
         counted(net, scheduler.timesteps[0])  # the first call of a picture copies its time steps
         more = counted(net, scheduler.timesteps[1]).more_than(plain)
         assert more == {name: count * places for name, count in operations.items()}
+        assert counted(net, scheduler.timesteps[1]).more_than(plain) == more
     with apply(pipe, Schedule.constant(ids, [9.0, 0.1])):
         counted(net, scheduler.timesteps[0])
         assert counted(net, scheduler.timesteps[1]).more_than(plain) == {}
+    assert counted(net, torch.tensor(500)).more_than(plain) == {}
 
 
 def test_operations_where_rows_differ(net: Any, plain: Count) -> None:
